@@ -1,0 +1,76 @@
+"""Low-rank deltas (LoRA, arXiv 2106.09685) as a pytree of their own."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxbake.config import LoraConfig
+from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.models.spec import ModelConfig, linear_shapes
+
+
+@flax.struct.dataclass
+class Delta:
+    """A low-rank change of a base: `W + scale * A @ B` for every slot it has factors for.
+
+    factors: {slot: {"a": [L, I, R], "b": [L, R, O]}}, the only part that is trained.
+    scale: float32 scalar, alpha / rank (alpha / sqrt(rank) for rsLoRA) times the strength it is applied with.
+    config: the settings it was made with.
+    """
+
+    factors: dict
+    scale: jax.Array
+    config: LoraConfig = flax.struct.field(pytree_node=False)
+
+
+def target_slots(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
+    """The linear layers a delta covers. Raises JaxbakeError for a name the model does not have."""
+    known = linear_shapes(config)
+    if lora.targets == "all":
+        return tuple(known)
+    for name in lora.targets:
+        if name not in known:
+            raise JaxbakeError(f"lora.targets: this model has no linear layer '{name}'; {did_you_mean(name, known)}")
+    return tuple(slot for slot in known if slot in lora.targets)
+
+
+def init_delta(key: jax.Array, config: ModelConfig, lora: LoraConfig, dtype=jnp.float32) -> Delta:
+    """A delta that changes nothing yet: one factor random (uniform, as in peft), the other zero.
+
+    Raises JaxbakeError where the rank exceeds a layer's smaller side or a target is unknown.
+    """
+    shapes = linear_shapes(config)
+    factors = {}
+    for i, slot in enumerate(target_slots(config, lora)):
+        (size_in, _), (size_out, _) = shapes[slot]
+        if lora.rank > min(size_in, size_out):
+            raise JaxbakeError(
+                f"lora.rank: {lora.rank} is larger than layer '{slot}' ({size_in} x {size_out}) can use; "
+                f"at most {min(size_in, size_out)}, usual are 8 to 64"
+            )
+        shape_a = (config.num_layers, size_in, lora.rank)
+        shape_b = (config.num_layers, lora.rank, size_out)
+        a, b = jnp.zeros(shape_a, dtype), jnp.zeros(shape_b, dtype)
+        # kaiming_uniform(a=sqrt(5)) of peft is uniform within 1 / sqrt(fan_in)
+        if lora.init == "a_random":
+            a = jax.random.uniform(jax.random.fold_in(key, i), shape_a, dtype, -1, 1) * size_in**-0.5
+        else:
+            b = jax.random.uniform(jax.random.fold_in(key, i), shape_b, dtype, -1, 1) * lora.rank**-0.5
+        factors[slot] = {"a": a, "b": b}
+    return Delta(factors, jnp.float32(lora.scale), lora)
+
+
+def with_strength(delta: Delta, strength: float) -> Delta:
+    """The same delta applied `strength` times as strongly: 0 is the base, 1 the full bake."""
+    return delta.replace(scale=delta.scale * strength)
+
+
+def merge(params: dict, delta: Delta) -> dict:
+    """The base with the delta added into its weights; products in float32, each weight keeps its dtype."""
+    layers = dict(params["layers"])
+    for slot, factor in delta.factors.items():
+        change = delta.scale * jnp.einsum("lir,lro->lio", factor["a"], factor["b"], precision="highest")
+        layers[slot] = (layers[slot].astype(jnp.float32) + change).astype(layers[slot].dtype)
+    return {**params, "layers": layers}

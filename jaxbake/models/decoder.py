@@ -1,0 +1,242 @@
+"""The decoder: one pure, scanned forward pass for every dense family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbake.models import rope
+from jaxbake.models.attention import Keys, attend
+from jaxbake.models.linear import einsum, linear
+from jaxbake.models.spec import ModelConfig
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+@flax.struct.dataclass
+class Prefix:
+    """Keys and values of a prompt, computed once and shared by all rows: k, v [L, P, K, H].
+
+    Its tokens stand at positions 0 .. P - 1; how many of them a row's token sees is given with the row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[1]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values per row, for decoding: k, v [L, B, S, K, H]; positions, segments [B, S]; index scalar int32.
+
+    Slots from `index` on are free; free and padding slots have segment 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    index: jax.Array
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """An empty cache for `batch` rows of up to `length` tokens."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """Root-mean-square norm (arXiv 1910.07467) in float32 over the last axis; the scale is `offset + weight`."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    if offset:  # Gemma scales before rounding, the others after: as each was trained.
+        return (x32 * (offset + weight.astype(x32.dtype))).astype(x.dtype)
+    return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def _activation(config: ModelConfig):
+    if config.activation == "silu":
+        return jax.nn.silu
+    if config.activation == "gelu_tanh":
+        return lambda x: jax.nn.gelu(x, approximate=True)
+    if config.activation == "gelu":
+        return lambda x: jax.nn.gelu(x, approximate=False)
+    raise ValueError(f"unknown activation {config.activation}")
+
+
+def _project_qkv(x, layer, factors, scale, config: ModelConfig):
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    if config.fused_projections:
+        q, key, value = jnp.split(linear(x, layer, "qkv_proj", factors, scale), [n * h, (n + k) * h], axis=-1)
+    else:
+        q, key, value = (linear(x, layer, slot, factors, scale) for slot in ("q_proj", "k_proj", "v_proj"))
+
+    def norm(y, name):
+        return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
+
+    if config.qk_norm == "full":
+        q, key = norm(q, "q_norm"), norm(key, "k_norm")
+    b, t = x.shape[:2]
+    q, key, value = q.reshape(b, t, n, h), key.reshape(b, t, k, h), value.reshape(b, t, k, h)
+    if config.qk_norm == "head":
+        q, key = norm(q, "q_norm"), norm(key, "k_norm")
+    return q, key, value
+
+
+def _mlp(x, layer, factors, scale, config: ModelConfig):
+    if config.fused_projections:
+        gate, up = jnp.split(linear(x, layer, "gate_up_proj", factors, scale), 2, axis=-1)
+    else:
+        gate, up = (linear(x, layer, slot, factors, scale) for slot in ("gate_proj", "up_proj"))
+    return linear(_activation(config)(gate) * up, layer, "down_proj", factors, scale)
+
+
+def segment_positions(segments_BT: jax.Array) -> jax.Array:
+    """Position of every token inside its own segment, for rows packed with consecutive segments."""
+    index = jnp.arange(segments_BT.shape[1])
+    starts = jnp.concatenate([jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], 1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def forward_kv(
+    params: Any,
+    delta: Any,
+    tokens_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    prefix: Prefix | None = None,
+    prefix_visible: jax.Array | None = None,
+    cache: Cache | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `forward`, and the keys and values of these tokens: {"k", "v"} [L, B, T, K, H].
+
+    With a cache, the tokens also see the cached tokens of their own row and segment; `append` stores the new ones.
+    """
+    b, t = tokens_BT.shape
+    segments = jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids
+    if positions is None:
+        positions = segment_positions(segments)
+        if prefix_visible is not None:
+            positions = positions + prefix_visible
+    if prefix is not None and prefix_visible is None:
+        raise ValueError("a prefix needs prefix_visible: how many of its tokens each token sees")
+
+    def seen(key_positions, key_segments):
+        same = segments[:, :, None] == key_segments[:, None, :]
+        return same & (key_positions[:, None, :] <= positions[:, :, None])
+
+    def distance(key_positions):
+        return positions[:, :, None] - key_positions[:, None, :]
+
+    blocks = []  # (mask, distance) of each block of keys, in the order of `keys_of`
+    if prefix is not None:
+        prefix_positions = jnp.arange(prefix.length)[None]
+        blocks.append((prefix_positions[:, None] < prefix_visible[:, :, None], distance(prefix_positions)))
+    if cache is not None:
+        blocks.append((seen(cache.positions, cache.segments), distance(cache.positions)))
+    blocks.append((seen(positions, segments), distance(positions)))
+
+    x = jnp.take(params["embed_tokens"], tokens_BT, axis=0)
+    if config.embed_scale != 1.0:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    cos, sin = rope.tables(config, positions)
+    windows = config.windows or (0,) * config.num_layers
+    per_layer = {
+        "window": jnp.asarray([w or NO_WINDOW for w in windows], jnp.int32),
+        "rope": jnp.asarray(config.layer_rope or (0,) * config.num_layers, jnp.int32),
+    }
+    scale = None if delta is None else delta.scale
+    memory = {}
+    if prefix is not None:
+        memory["prefix"] = (prefix.k, prefix.v)
+    if cache is not None:
+        memory["cache"] = (cache.k, cache.v)
+
+    def block(x, xs):
+        layer, factors, info, memory = xs
+
+        def norm(y, name):
+            return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
+
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        q, k, v = _project_qkv(norm(x, "input_layernorm") if before else x, layer, factors, scale, config)
+        table = (cos[0], sin[0]) if len(config.ropes) == 1 else (cos[info["rope"]], sin[info["rope"]])
+        q, k = rope.rotate(q, *table), rope.rotate(k, *table)
+        keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
+        masks = [m & (d < info["window"]) if any(windows) else m for m, d in blocks]
+        seen_keys = [Keys(*kv, mask) for kv, mask in zip(keys, masks, strict=True)]
+        y = attend(q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
+        y = linear(y, layer, "o_proj", factors, scale)
+        x = x + (norm(y, "post_attention_layernorm") if after else y)
+        mlp_norm = {"pre": "post_attention_layernorm", "sandwich": "pre_feedforward_layernorm"}
+        y = _mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config)
+        x = x + (norm(y, "post_feedforward_layernorm") if after else y)
+        return x, {"k": k, "v": v}
+
+    step = jax.checkpoint(block) if remat else block
+    x, kv = jax.lax.scan(step, x, (params["layers"], None if delta is None else delta.factors, per_layer, memory))
+    return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset), kv
+
+
+def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfig, **options) -> jax.Array:
+    """Final hidden states [B, T, D] (after the last norm) of a batch of token rows, in the parameters' dtype.
+
+    Args:
+      params: the base, a tree as `models.spec.param_specs` describes.
+      delta: a `deltas.lora.Delta`, or None for the base alone.
+      tokens_BT: int32 [B, T].
+      positions: int32 [B, T]; by default counted inside each segment, after the visible prefix.
+      segment_ids: int32 [B, T]; tokens see only their own segment; 0 marks padding. By default one segment a row.
+      prefix, prefix_visible: a shared `Prefix`, and how many of its tokens each token sees, int32 [B, T].
+      remat: recompute each block in the backward pass.
+    """
+    return forward_kv(params, delta, tokens_BT, config=config, **options)[0]
+
+
+def append(cache: Cache, kv: dict[str, jax.Array], positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
+    """The cache with these tokens written at its index; there must be room (sizes are static, the caller's to plan)."""
+    at = cache.index
+
+    def write(buffer, new):
+        start = (0, 0, at, 0, 0) if buffer.ndim == 5 else (0, at)
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
+
+    return Cache(
+        k=write(cache.k, kv["k"]),
+        v=write(cache.v, kv["v"]),
+        positions=write(cache.positions, positions_BT),
+        segments=write(cache.segments, segments_BT),
+        index=at + positions_BT.shape[1],
+    )
+
+
+def prefix_from(params: Any, delta: Any, tokens_P: jax.Array, *, config: ModelConfig) -> Prefix:
+    """Keys and values of a prompt's tokens, int32 [P], computed once to be shared by all rows."""
+    _, kv = forward_kv(params, delta, tokens_P[None], config=config)
+    return Prefix(kv["k"][:, 0], kv["v"][:, 0])
+
+
+def unembedding(params: Any) -> jax.Array:
+    """The output embedding [V, D]: the input embedding where they are tied."""
+    return params.get("lm_head", params["embed_tokens"])
+
+
+def logits_from(params: Any, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Next-token logits [..., V] in float32 from hidden states [..., D], soft-capped where the model does."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out = einsum("td,vd->tv", flat, unembedding(params).astype(flat.dtype))
+    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    if config.logit_softcap is not None:
+        out = config.logit_softcap * jnp.tanh(out / config.logit_softcap)
+    return out.reshape(*hidden.shape[:-1], -1)
