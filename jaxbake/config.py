@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxbake.errors import JaxbakeError
@@ -76,6 +76,8 @@ class SamplingConfig:
     batch_size: int = 32
 
     def __post_init__(self):
+        if isinstance(self.temperature, (int, float)):
+            object.__setattr__(self, "temperature", (float(self.temperature),))
         _require(self.samples_per_stimulus >= 1, "sampling.samples_per_stimulus: must be at least 1")
         _require(self.max_tokens >= 1, "sampling.max_tokens: must be at least 1")
         _require(self.batch_size >= 1, "sampling.batch_size: must be at least 1")
@@ -186,7 +188,7 @@ class EvaluationConfig:
     """What is measured after a bake, beside the held-out KL.
 
     file: jsonl of {"question": ..., "answer": ...} the prompt should answer, for the four-cell table.
-    match: "exact" (the whole answer), "contains" (the answer occurs), or the name of a rule (see `jaxbake eval --help`).
+    match: "exact" (the whole answer), "contains" (the answer occurs), or the name of a rule of `jaxbake.evaluate`.
     abilities: jsonl of questions the bare model answers, for retention; None takes the shipped ones for crumb.
     """
 
@@ -209,4 +211,13 @@ class Recipe:
     stimuli: StimuliConfig = StimuliConfig()
     bake: BakeConfig = BakeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    output: str = field(default="runs")
+    output: str = "runs"
+
+    def __post_init__(self):
+        _require(bool(self.name.strip()) and not {"/", "\\"} & set(self.name), "name: needs a name fit for a folder")
+        _require(self.prompt is None or self.prompt_file is None, "prompt: give prompt or prompt_file, not both")
+        _require(
+            self.prompt is not None or self.prompt_file is not None,
+            "prompt: is missing; give 'prompt: |' with the text to bake, or 'prompt_file: prompt.txt'",
+        )
+        _require(self.prompt is None or bool(self.prompt.strip()), "prompt: is empty; give the text to bake")
