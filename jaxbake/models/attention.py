@@ -24,6 +24,20 @@ class Keys(NamedTuple):
     mask: jax.Array
 
 
+def _products(left_BKGTX: jax.Array, right: jax.Array, spec: str) -> jax.Array:
+    """Batched matrix product with keys or values: [B, K, G, T, X] by [B, K, S, H] or shared [K, S, H].
+
+    Query heads of a group and their tokens are laid side by side as rows of one matrix per key head (and per batch row,
+    unless the keys are shared): few, large products, and the keys are not repeated.
+    """
+    b, k, g, t, x = left_BKGTX.shape
+    if right.ndim == 3:
+        rows = left_BKGTX.transpose(1, 0, 2, 3, 4).reshape(k, b * g * t, x)
+        return einsum(spec, rows, right).reshape(k, b, g, t, -1).transpose(1, 0, 2, 3, 4)
+    rows = left_BKGTX.reshape(b * k, g * t, x)
+    return einsum(spec, rows, right.reshape(b * k, *right.shape[2:])).reshape(b, k, g, t, -1)
+
+
 def attend(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, softcap: float | None = None) -> jax.Array:
     """Softmax attention of the queries over all blocks together; returns [B, T, N * H] in the queries' dtype.
 
@@ -31,20 +45,20 @@ def attend(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, softcap: floa
     """
     b, t, n, h = q_BTNH.shape
     kv_heads = blocks[0].k.shape[-2]
-    q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
+    q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
     logits = []
     for block in blocks:
-        spec = "btkgh,skh->bkgts" if block.k.ndim == 3 else "btkgh,bskh->bkgts"
-        score = einsum(spec, q, block.k).astype(jnp.float32) * scale
+        score = _products(q, block.k.swapaxes(-3, -2), "bqh,bsh->bqs")
+        score = score.astype(jnp.promote_types(score.dtype, jnp.float32)) * scale
         if softcap is not None:
             score = softcap * jnp.tanh(score / softcap)
         logits.append(jnp.where(block.mask[:, None, None], score, MASKED))
-    peak = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(x, -1) for x in logits]), 0))[..., None]
-    weights = [jnp.exp(x - peak) for x in logits]
-    total = sum(jnp.sum(w, -1) for w in weights)
+    peak = logits[0].max(-1, keepdims=True)
+    for score in logits[1:]:
+        peak = jnp.maximum(peak, score.max(-1, keepdims=True))
+    weights = [jnp.exp(score - jax.lax.stop_gradient(peak)) for score in logits]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = 0.0
     for block, w in zip(blocks, weights, strict=True):
-        spec = "bkgts,skh->btkgh" if block.k.ndim == 3 else "bkgts,bskh->btkgh"
-        out = out + einsum(spec, w.astype(q.dtype), block.v).astype(jnp.float32)
-    out = out / jnp.einsum("bkgt->btkg", total)[..., None]
-    return out.reshape(b, t, n * h).astype(q.dtype)
+        out = out + _products((w / total).astype(q.dtype), block.v.swapaxes(-3, -2), "bqs,bsh->bqh")
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
