@@ -1,0 +1,261 @@
+"""Where user turns come from: written down, files, data sets, or the model itself; and the shipped pins and contexts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from jaxbake.config import GenerateConfig, StimuliConfig
+from jaxbake.errors import JaxbakeError, did_you_mean
+
+
+def load_stimuli(config: StimuliConfig, root: str | Path = ".") -> list[str]:
+    """The stimuli of all sources, in the order items, file, dataset, without repeats, at most `config.limit`.
+
+    root: what relative paths are relative to. White space around stimuli of files and data sets is dropped, and so are
+    empty ones; items are taken as they stand (an empty one lets a plain text model continue the prompt itself).
+    Without any source the list is empty (the stimuli are then written by the model itself). Raises JaxbakeError, naming
+    the source, where it is missing, empty, or has no such field.
+    """
+    found = list(config.items)
+    if config.file is not None:
+        found += _from_file(Path(root) / config.file, config)
+    if config.dataset is not None:
+        found += _from_dataset(config.dataset, Path(root), config)
+    return deduplicate(found)[: config.limit]
+
+
+def deduplicate(texts: Iterable[str]) -> list[str]:
+    """The texts without repeats, the first of each kept; case and white space do not make a text another one."""
+    return list({" ".join(text.split()).casefold(): text for text in reversed(list(texts))}.values())[::-1]
+
+
+def _pick(row: dict, where: str, config: StimuliConfig) -> str:
+    """The stimulus of one row: a field, a template over fields, or its only text."""
+    field = config.field
+    if config.template is not None:
+        names = [name for _, name, _, _ in string.Formatter().parse(config.template) if name is not None]
+        for name in names:
+            column = re.split(r"[.\[]", name)[0]
+            if column not in row:
+                raise JaxbakeError(f"{where}: stimuli.template names '{column}'; {did_you_mean(column, row)}")
+        try:
+            return config.template.format(**row).strip()
+        except (LookupError, AttributeError, ValueError) as error:
+            raise JaxbakeError(f"{where}: stimuli.template cannot be filled in: {error}") from error
+    if field is None:
+        if len(row) != 1:
+            raise JaxbakeError(f"{where}: set stimuli.field or stimuli.template; the columns are {', '.join(row)}")
+        field = next(iter(row))
+    if field not in row:
+        raise JaxbakeError(f"{where}: there is no field '{field}'; {did_you_mean(field, row)}")
+    if not isinstance(row[field], str):
+        raise JaxbakeError(f"{where}: field '{field}' must be text, it is {type(row[field]).__name__}: {row[field]!r:.40}")
+    return row[field].strip()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JaxbakeError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise JaxbakeError(f"{path}: must be UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise JaxbakeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return text.split("\n")
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with where it stands."""
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise JaxbakeError(f"{where}: is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise JaxbakeError(f"{where}: must be a JSON object such as {{\"question\": \"...\"}}, is {line.strip()[:40]}")
+        yield where, row
+
+
+def _from_file(path: Path, config: StimuliConfig) -> list[str]:
+    if path.suffix == ".jsonl":
+        found = [_pick(row, where, config) for where, row in _objects(path)]
+    elif path.suffix == ".txt":
+        found = [line.strip() for line in _lines(path)]
+    else:
+        raise JaxbakeError(f"{path}: stimuli files are .txt (a stimulus a line) or .jsonl (an object a line)")
+    found = [text for text in found if text]
+    if not found:
+        raise JaxbakeError(f"{path}: holds no stimuli, it is empty")
+    return found
+
+
+def _from_dataset(name: str, root: Path, config: StimuliConfig) -> list[str]:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    folder = root / name
+    where = f"stimuli.dataset '{name}'"
+    if not folder.is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise JaxbakeError(f"{where}: there is no folder {folder}")
+    try:
+        saved = (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+        if saved:
+            data = load_from_disk(str(folder))
+            data = data if isinstance(data, DatasetDict) else DatasetDict({config.split: data})
+        else:
+            data = load_dataset(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # `datasets` raises many kinds, for missing, unreachable and malformed data
+        raise JaxbakeError(f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if config.split not in data:
+        raise JaxbakeError(f"{where}: has no split '{config.split}'; {did_you_mean(config.split, data)}")
+    rows = data[config.split]
+    if len(rows) == 0:
+        raise JaxbakeError(f"{where}: split '{config.split}' is empty")
+    columns = [config.field] if config.field in rows.column_names and config.template is None else rows.column_names
+    found = [_pick(row, f"{where} row {i}", config) for i, row in enumerate(rows.select_columns(columns))]
+    found = [text for text in found if text]
+    if not found:
+        raise JaxbakeError(f"{where}: holds no stimuli, all texts are empty")
+    return found
+
+
+def split_held_out(stimuli: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out stimuli, at least one of each; which is which depends on each text and the seed alone, so
+    stimuli added later move few of the others.
+
+    A single stimulus is on both sides: what is held out are then other responses to it.
+    """
+    if not stimuli:
+        raise JaxbakeError("stimuli: there are none; give items, a file, a dataset, or generate.count")
+    if len(stimuli) == 1:
+        return list(stimuli), list(stimuli)
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+
+    count = min(max(round(fraction * len(stimuli)), 1), len(stimuli) - 1)
+    held_out = set(sorted(stimuli, key=rank)[:count])
+    return [s for s in stimuli if s not in held_out], [s for s in stimuli if s in held_out]
+
+
+# The five kinds of seed prompts follow Cartridges (arXiv 2506.06266), which found them far better than one.
+_STYLES = {
+    "question": "asks one specific question whose answer depends on these instructions.",
+    "task": "asks the assistant to write or do one concrete thing (a list, a short text, a plan, a check), where these "
+    "instructions shape the result.",
+    "chat": "opens or carries on a casual conversation, as people do, and leaves room for these instructions to show.",
+    "summary": "asks for a summary, an overview or an explanation of something that these instructions bear on.",
+    "application": "describes a concrete situation or case of the user's own, in which the assistant has to apply these "
+    "instructions.",
+}
+_VOICES = (
+    "in one short sentence",
+    "as a beginner would",
+    "as somebody in a hurry would",
+    "politely, in two sentences",
+    "with a concrete name, number or place in it",
+    "as an expert would",
+    "informally, in lower case",
+    "indirectly, without naming the subject outright",
+)
+_PASSAGE = 600  # characters of the prompt that one request turns on, where the prompt is longer
+
+
+def _passages(prompt: str) -> list[str]:
+    """The prompt in pieces of about 600 characters, cut between sentences or lines."""
+    pieces, passage = re.split(r"(?<=[.!?])\s+|\n+", prompt.strip()), ""
+    passages = []
+    for piece in pieces:
+        if passage and len(passage) + len(piece) > _PASSAGE:
+            passages.append(passage)
+            passage = ""
+        passage = f"{passage} {piece}".strip()
+    return [*passages, passage]
+
+
+def seed_requests(prompt: str, config: GenerateConfig) -> list[tuple[str, list[dict]]]:
+    """What to ask the model for, to have it write `config.count` stimuli for a prompt: pairs of style and messages.
+
+    Styles are taken in turn, each in several voices; a long prompt's passages are turned on one after the other, so
+    that all of it is asked about. All requests begin with the whole prompt, which a sampler can share between them.
+    """
+    for style in config.styles:
+        if style not in _STYLES:
+            raise JaxbakeError(f"stimuli.generate.styles: no style '{style}'; {did_you_mean(style, _STYLES)}")
+    if config.count and not config.styles:
+        raise JaxbakeError(f"stimuli.generate.styles: empty; known: {', '.join(_STYLES)}")
+    passages = _passages(prompt)
+    requests = []
+    for i in range(config.count):
+        visit, s = divmod(i, len(config.styles))
+        style = config.styles[s]
+        focus = f"Turn on this part of them: \"{passages[visit % len(passages)]}\"\n\n" if len(passages) > 1 else ""
+        text = (
+            f"An assistant has been given these instructions:\n\n<instructions>\n{prompt.strip()}\n</instructions>\n\n{focus}"
+            f"Write one message that a user could send to this assistant. The user does not see the instructions. "
+            f"The message {_STYLES[style]} Write it {_VOICES[(visit + s) % len(_VOICES)]}. "
+            "Answer with the user's message alone, without quotes and without a heading."
+        )
+        requests.append((style, [{"role": "user", "content": text}]))
+    return requests
+
+
+_LABEL = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:\**(?:user(?:'s)?(?: message)?|message|question|task)\**\s*:\**\s*)?", re.I)
+_PREAMBLE = re.compile(r"^(?:sure|certainly|of course|okay|ok|here(?:'s| is| are))\b[^\n]*[:!]\s*\n+", re.I)
+_REFUSAL = re.compile(r"^(?:i'?m sorry|i am sorry|sorry,|i can(?:no|')t|as an ai)\b", re.I)
+
+
+def parse_generated(text: str) -> str | None:
+    """The stimulus in what the model wrote: reasoning, preamble, label, bullet and quotes taken off.
+
+    None for what cannot be one: nothing left, no letter in it, an unfinished reasoning, a refusal.
+    """
+    if "</think>" in text:
+        text = text.rsplit("</think>", 1)[1]
+    elif "<think>" in text:
+        return None
+    text = _PREAMBLE.sub("", text.strip().replace("’", "'"))
+    text = _LABEL.sub("", text, count=1).strip()
+    for left, right in ('""', "''", "“”", "``", "**"):
+        if len(text) > 1 and text[0] == left and text[-1] == right and left not in text[1:-1] and right not in text[1:-1]:
+            text = text[1:-1].strip()
+    if len(text) < 2 or not any(c.isalpha() for c in text) or _REFUSAL.match(text):
+        return None
+    return text
+
+
+def _default(name: str) -> Path:
+    return Path(str(resources.files("jaxbake.data") / "defaults" / name))
+
+
+def load_pins(path: str | Path | None = None) -> list[str]:
+    """User turns for pins, from a .txt or .jsonl file (with one column); the shipped ones without a path."""
+    return deduplicate(_from_file(Path(path) if path is not None else _default("pins.txt"), StimuliConfig()))
+
+
+def load_contexts(path: str | Path | None = None) -> list[tuple[str, list[str]]]:
+    """Other prompts and user turns they bear on, from jsonl of {"prompt", "stimuli"}; the shipped ones without a path."""
+    path = Path(path) if path is not None else _default("contexts.jsonl")
+    contexts = []
+    for where, row in _objects(path):
+        for key in row:
+            if key not in ("prompt", "stimuli"):
+                raise JaxbakeError(f"{where}: unknown field '{key}'; {did_you_mean(key, ['prompt', 'stimuli'])}")
+        prompt, stimuli = row.get("prompt"), row.get("stimuli")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise JaxbakeError(f"{where}: 'prompt' must be text that is not empty")
+        if not isinstance(stimuli, list) or not stimuli or not all(isinstance(s, str) and s.strip() for s in stimuli):
+            raise JaxbakeError(f"{where}: 'stimuli' must be a list of user turns")
+        contexts.append((prompt.strip(), deduplicate(s.strip() for s in stimuli)))
+    if not contexts:
+        raise JaxbakeError(f"{path}: holds no prompts, it is empty")
+    return contexts
