@@ -1,0 +1,310 @@
+"""Safetensors folders to stacked, sharded arrays and back; the digest that names a base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (lets numpy read bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxbake import mesh as meshes
+from jaxbake.errors import JaxbakeError
+from jaxbake.models import families
+from jaxbake.models.spec import ModelConfig, Param, is_param, param_specs
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_CHUNK = 1 << 26  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file: `dtype` is safetensors' name, such as BF16."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises JaxbakeError where the file is missing, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxbakeError(f"{path.parent}: no {path.name}; a model folder in Hugging Face format has one") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise JaxbakeError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise JaxbakeError(f"{path}: should hold a JSON object")
+    return value
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """What the safetensors of a folder hold, from their headers alone. JaxbakeError names a missing or corrupt file."""
+    if (folder / INDEX).exists():
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise JaxbakeError(f"{folder / INDEX}: no 'weight_map' from tensor names to files")
+        paths = [folder / name for name in sorted(set(where.values()))]
+    else:
+        where, paths = None, [folder / WEIGHTS]
+    tensors: dict[str, Stored] = {}
+    for path in paths:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                part = file.get_slice(name)
+                tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+    if where is not None and (lost := sorted(set(where) - set(tensors))):
+        raise JaxbakeError(f"{folder / INDEX}: names {len(lost)} tensors its files do not hold: {_first(lost)}")
+    return tensors
+
+
+def stored_dtype(tensors: dict[str, Stored]) -> str:
+    """The dtype most of the parameters are stored in: "bfloat16", "float32", ..."""
+    count: dict[str, int] = {}
+    for tensor in tensors.values():
+        count[tensor.dtype] = count.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    code = max(count, key=count.get)
+    if code not in _DTYPES:
+        raise JaxbakeError(f"the weights are stored as {code}; only {', '.join(_DTYPES)} can be read")
+    return _DTYPES[code]
+
+
+def read_params(folder: Path, config: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> dict:
+    """The parameters of a folder as `param_specs(config)` describes them, in `dtype`.
+
+    Every leaf is assembled tensor by tensor in its final layout: beside the model at most one stacked leaf is held.
+    With a mesh, only the slices that this process's devices keep are read. Raises one JaxbakeError that lists
+    missing, unexpected and mis-shaped tensors.
+    """
+    folder, dtype = Path(folder), np.dtype(dtype)
+    specs = param_specs(config)
+    tensors = {_canonical(name, config): tensor for name, tensor in stored_tensors(folder).items()}
+    _check(folder, config, specs, tensors)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_opened(path)) for path in {t.path for t in tensors.values()}}
+
+        def tensor(spec: Param, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+            stored = tensors[spec.hf.format(layer=layer)]
+            part = files[stored.path].get_slice(stored.name)
+            return part[index[::-1]].T if spec.transpose else part[index]
+
+        def block(spec: Param, index: tuple[slice, ...]) -> np.ndarray:
+            if spec.axes[0] != "layers":
+                return tensor(spec, None, index).astype(dtype, copy=False)
+            out = np.empty([part.stop - part.start for part in index], dtype)
+            for i, layer in enumerate(range(index[0].start, index[0].stop)):
+                out[i] = tensor(spec, layer, index[1:])
+            return out
+
+        def leaf(spec: Param) -> jax.Array:
+            if mesh is None:
+                return jnp.asarray(block(spec, tuple(slice(0, size) for size in spec.shape)))
+            read: dict[tuple, np.ndarray] = {}  # devices that keep the same slice share one reading
+
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                bounds = tuple(part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True))
+                if bounds not in read:
+                    read[bounds] = block(spec, tuple(slice(*b) for b in bounds))
+                return read[bounds]
+
+            return jax.make_array_from_callback(spec.shape, meshes.sharding(spec.axes, mesh, spec.shape), shard)
+
+        return jax.tree.map(leaf, specs, is_leaf=is_param)
+
+
+def write_params(
+    params: dict, config: ModelConfig, folder: Path, hf_config: dict, max_shard_size: int | str = "5GB"
+) -> list[Path]:
+    """Writes a model in Hugging Face format: `config.json` and safetensors, sharded with an index where larger.
+
+    Every file is written beside its place and then moved there, the index last; at most one shard is held in memory.
+
+    Args:
+      params: a tree as `param_specs(config)` describes; stored in the dtype it has.
+      hf_config: `config.json` of the model it came from; of a multimodal one the text part is written, on its own.
+      max_shard_size: bytes, or a text such as "5GB" or "200MB".
+
+    Returns the files written. Raises JaxbakeError where it cannot write.
+    """
+    folder = Path(folder)
+    names = [
+        (spec.hf.format(layer=layer), path, layer, spec)
+        for path, spec in jax.tree.flatten_with_path(param_specs(config), is_leaf=is_param)[0]
+        for layer in (range(spec.shape[0]) if spec.axes[0] == "layers" else (None,))
+    ]
+    leaves = dict(jax.tree.flatten_with_path(params)[0])
+    shards = _shards(names, leaves, _size_of(max_shard_size))
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, shard in zip(files, shards, strict=True):
+            tensors = {}
+            for name, path, layer, spec in shard:
+                value = np.asarray(leaves[path] if layer is None else leaves[path][layer])
+                tensors[name] = np.ascontiguousarray(value.T if spec.transpose else value)
+            with _beside(folder / file) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+        if count > 1:
+            total = sum(leaf.nbytes for leaf in leaves.values())
+            where = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        elif (folder / INDEX).exists():  # an earlier, sharded model: it would be read instead of this one
+            (folder / INDEX).unlink()
+        text = dict(families.text_fields(hf_config))
+        text["torch_dtype" if "torch_dtype" in text else "dtype"] = params["embed_tokens"].dtype.name
+        _write_json(folder / "config.json", text)
+    except (OSError, SafetensorError) as error:
+        raise JaxbakeError(f"{folder}: cannot write the model ({error})") from None
+    return [folder / file for file in (*files, *([INDEX] if count > 1 else []), "config.json")]
+
+
+def digest(folder: Path, config: ModelConfig | None = None) -> str:
+    """What names a base: sha256 over the architecture and every stored tensor's name, dtype, shape and bytes.
+
+    Independent of how tensors are spread over files, and of fields of `config.json` that do not change the computation.
+    """
+    folder = Path(folder)
+    config = config or families.convert(read_json(folder / "config.json"))
+    tensors = sorted(stored_tensors(folder).values(), key=lambda tensor: tensor.name)
+    total = hashlib.sha256(json.dumps(_essence(config), sort_keys=True).encode())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+        for tensor, content in zip(tensors, pool.map(_hash, tensors), strict=True):
+            total.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def _hash(tensor: Stored) -> str:
+    """sha256 of a tensor's bytes, read in pieces."""
+    content = hashlib.sha256()
+    with _opened(tensor.path) as file:
+        if not tensor.shape:
+            content.update(file.get_tensor(tensor.name).tobytes())
+            return content.hexdigest()
+        part = file.get_slice(tensor.name)
+        rows = max(1, _CHUNK // max(1, 4 * math.prod(tensor.shape[1:])))
+        for start in range(0, tensor.shape[0], rows):
+            piece = part[start : min(start + rows, tensor.shape[0])]
+            content.update(np.ascontiguousarray(piece).view(np.uint8).data)
+    return content.hexdigest()
+
+
+def _essence(settings: Any) -> Any:
+    """Settings as JSON, without those at their default: so new settings leave old digests alone."""
+    if is_dataclass(settings):
+        kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "init_range"}
+        defaults = {f.name: f.default for f in fields(settings)}
+        return {name: _essence(value) for name, value in kept.items() if value != defaults[name]}
+    return [_essence(item) for item in settings] if isinstance(settings, tuple) else settings
+
+
+def _opened(path: Path):
+    """An open safetensors file, a context manager; JaxbakeError where it is missing or not whole."""
+    try:
+        return safe_open(path, framework="np")
+    except FileNotFoundError:
+        raise JaxbakeError(f"{path}: no such file; models are read from safetensors only") from None
+    except SafetensorError as error:
+        raise JaxbakeError(f"{path}: corrupt or truncated, download or copy it again ({error})") from None
+    except OSError as error:
+        raise JaxbakeError(f"{path}: cannot be read ({error})") from None
+
+
+def _canonical(name: str, config: ModelConfig) -> str:
+    """A tensor's name as a plain language model has it, where it is stored as part of a multimodal one."""
+    if families.FAMILIES[config.family].wrapped:
+        name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
+        name = name.removeprefix("language_model.")
+    return name
+
+
+def _ignored(name: str, config: ModelConfig) -> bool:
+    """Tensors that are rightly left aside: rotary buffers, a tied head, other parts of a multimodal model."""
+    if name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight"):
+        return True
+    parts = r"(model\.)?(vision_tower|multi_modal_projector)\."
+    return families.FAMILIES[config.family].wrapped and re.match(parts, name) is not None
+
+
+def _check(folder: Path, config: ModelConfig, specs: dict, tensors: dict[str, Stored]) -> None:
+    """Raises a JaxbakeError that lists every difference between the stored tensors and the architecture's."""
+    wanted = {}
+    for spec in jax.tree.leaves(specs, is_leaf=is_param):
+        stacked = spec.axes[0] == "layers"
+        shape = spec.shape[1:] if stacked else spec.shape
+        for layer in range(spec.shape[0]) if stacked else (None,):
+            wanted[spec.hf.format(layer=layer)] = shape[::-1] if spec.transpose else shape
+    found = {name: tensor for name, tensor in tensors.items() if name in wanted or not _ignored(name, config)}
+    both = sorted(set(wanted) & set(found))
+    problems = {
+        "missing": sorted(set(wanted) - set(found)),
+        "unexpected": sorted(set(found) - set(wanted)),
+        "mis-shaped": [
+            f"{name} {list(found[name].shape)} instead of {list(wanted[name])}"
+            for name in both
+            if found[name].shape != wanted[name]
+        ],
+        "not floating point": [f"{name} {found[name].dtype}" for name in both if found[name].dtype not in _DTYPES],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names)
+        raise JaxbakeError(f"{folder}: tensors do not fit the {config.family} model of config.json: {told}")
+
+
+def _first(names: list[str], count: int = 10) -> str:
+    return ", ".join(names[:count]) + (f", ... and {len(names) - count} more" if len(names) > count else "")
+
+
+def _shards(names: list[tuple], leaves: dict, limit: int) -> list[list[tuple]]:
+    """Tensors in order, divided so that no file exceeds `limit` bytes (a single larger tensor has its own)."""
+    shards, room = [[]], limit
+    for entry in names:
+        _, path, layer, _ = entry
+        size = leaves[path].nbytes // (1 if layer is None else leaves[path].shape[0])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= size
+    return shards
+
+
+def _size_of(text: int | str) -> int:
+    """Bytes of "5GB", "200MB", "64KB" (powers of ten, as transformers counts)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(text).strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise JaxbakeError(f"max_shard_size: '{text}' is no size; write for example 5GB or 200MB")
+    return size
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, moved to `path` once it is written, removed if that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with _beside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

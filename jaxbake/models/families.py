@@ -1,0 +1,426 @@
+"""The supported model families: a Hugging Face `config.json` to our `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.models.spec import ModelConfig, RopeConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: what to call it, models people know it by, and its conversion.
+
+    wrapped: the language model is one part of a larger one, its fields under `text_config`.
+    """
+
+    title: str
+    examples: str
+    convert: Callable[[_Fields, str], ModelConfig]
+    wrapped: bool = False
+
+
+def convert(hf_config: dict) -> ModelConfig:
+    """The architecture a `config.json` describes, in transformers 4 or 5 style.
+
+    `family` of the result is its `model_type`. Raises JaxbakeError for an unknown `model_type`, and for fields that are
+    missing, malformed, or would change the computation in a way that is not supported.
+    """
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str):
+        raise JaxbakeError("config.json: no 'model_type'; it should name a family such as llama")
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        nearest = did_you_mean(model_type, FAMILIES)
+        hint = "" if nearest.startswith("known") else f"; {nearest}"
+        raise JaxbakeError(f"config.json: model_type '{model_type}' is not supported{hint} (supported: {known})")
+    fields = _Fields(text_fields(hf_config))
+    for name, harmless in _UNSUPPORTED.items():
+        if (value := fields.raw.get(name)) not in harmless:
+            raise JaxbakeError(f"config.json: {name} = {str(value)[:60]} is not supported for '{model_type}'")
+    return FAMILIES[model_type].convert(fields, model_type)
+
+
+def text_fields(hf_config: dict) -> dict:
+    """The `config.json` of the language model alone: the same, or the text part of a multimodal model."""
+    text = hf_config.get("text_config")
+    if not isinstance(text, dict):
+        return hf_config
+    shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
+    return {
+        **text,
+        **{name: hf_config[name] for name in shared if hf_config.get(name) is not None},
+        "architectures": [
+            a.replace("ForConditionalGeneration", "ForCausalLM") for a in hf_config.get("architectures", [])
+        ],
+        "model_type": text.get("model_type", f"{hf_config['model_type']}_text"),
+    }
+
+
+# Fields other implementations compute with and this one does not, with the values that mean "not used".
+# (A field that is neither here nor read below is one that transformers does not read for these families either.)
+_UNSUPPORTED: dict[str, tuple] = {
+    "quantization_config": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "use_bidirectional_attention": (None, False),
+    "is_causal": (None, True),
+    "add_cross_attention": (None, False),
+    "clip_qkv": (None,),
+    "use_qk_norm": (None, False),
+    "embedding_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "use_mrope": (None, False),
+    "rope_interleaved": (None, False),
+    "alibi": (None, False),
+}
+
+_REQUIRED = object()
+
+
+class _Fields:
+    """Typed access to a `config.json`; null counts as absent, errors name the field."""
+
+    def __init__(self, raw: dict):
+        self.raw = raw
+
+    def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+        value = self.raw.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise JaxbakeError(f"config.json: no '{name}'; this architecture cannot be built without it")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise JaxbakeError(f"config.json: {name} = {value!r} should be of type {kind.__name__}")
+        return value
+
+    def or_else(self, **defaults) -> _Fields:
+        """The same with values for what is absent; null stays null."""
+        return _Fields({**defaults, **self.raw})
+
+    def size(self, name: str, default: Any = _REQUIRED) -> Any:
+        value = self.get(name, int, default)
+        if value is not None and value < 1:
+            raise JaxbakeError(f"config.json: {name} = {value} should be at least 1")
+        return value
+
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def _activation(fields: _Fields, name: str, default: str) -> str:
+    value = fields.get(name, str, default)
+    if value not in _ACTIVATIONS:
+        raise JaxbakeError(f"config.json: {name} = '{value}' is not supported; known: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
+    """What all families share; `changes` are what one family adds."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    kv_heads = fields.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise JaxbakeError(
+            f"config.json: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"
+        )
+    if "head_dim" not in changes:
+        head_dim = fields.size("head_dim", None)
+        if head_dim is None and hidden % heads:
+            raise JaxbakeError(
+                f"config.json: no 'head_dim', and hidden_size = {hidden} is no multiple of {heads} heads"
+            )
+        changes["head_dim"] = head_dim or hidden // heads
+    if "activation" not in changes:
+        changes["activation"] = _activation(fields, "hidden_act", "silu")
+    if "tie_embeddings" not in changes:
+        changes["tie_embeddings"] = fields.get("tie_word_embeddings", bool, False)
+    config = ModelConfig(
+        family=family,
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.size("intermediate_size"),
+        num_layers=fields.size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        max_positions=fields.size("max_position_embeddings"),
+        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        init_range=fields.get("initializer_range", float, 0.02),
+        **changes,
+    )
+    rotary = config.ropes[0].rotary_fraction * config.head_dim
+    if int(rotary) % 2:
+        raise JaxbakeError(f"config.json: rotary position embedding needs an even size, not {int(rotary)} (head_dim)")
+    return config
+
+
+# Rotary position embedding
+
+_ROPE_KEYS = frozenset({
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
+    "short_factor", "long_factor",
+})  # fmt: skip
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+def _rope(fields: _Fields, *, theta: float = 1e4, kinds=_ROPE_KINDS, partial: bool = False) -> RopeConfig:
+    """A model's one rotary embedding: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    raw = fields.get("rope_scaling", dict, None) or fields.get("rope_parameters", dict, None) or {}
+    theta = fields.get("rope_theta", float, theta)
+    return _rope_from(raw, fields, theta=theta, kinds=kinds, partial=partial)
+
+
+def _rope_from(raw: dict, fields: _Fields, *, theta: float, kinds=_ROPE_KINDS, partial: bool = False) -> RopeConfig:
+    for key in raw:
+        if key not in _ROPE_KEYS:
+            raise JaxbakeError(
+                f"config.json: '{key}' in the rope parameters is not supported; known: {_listed(_ROPE_KEYS)}"
+            )
+    rope = _Fields(raw)
+    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    kind = "longrope" if "longrope" in kinds and kind in ("su", "yarn") else kind
+    if kind not in kinds:
+        raise JaxbakeError(f"config.json: rope type '{kind}' is not supported for this family; known: {_listed(kinds)}")
+    fraction = rope.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
+    if fraction != 1.0 and not partial:
+        raise JaxbakeError(f"config.json: partial_rotary_factor = {fraction} is not supported for this family")
+    longest = fields.size("max_position_embeddings")
+    original = fields.size("original_max_position_embeddings", rope.size("original_max_position_embeddings", longest))
+    base = RopeConfig(theta=rope.get("rope_theta", float, theta), kind=kind, rotary_fraction=fraction)
+    if kind == "linear":
+        return replace(base, factor=rope.get("factor", float))
+    if kind == "llama3":
+        return replace(
+            base,
+            factor=rope.get("factor", float),
+            low_freq_factor=rope.get("low_freq_factor", float),
+            high_freq_factor=rope.get("high_freq_factor", float),
+            original_max_positions=original,
+        )
+    if kind == "yarn":
+        return replace(
+            base,
+            factor=rope.get("factor", float, longest / original),
+            beta_fast=rope.get("beta_fast", float, 32.0),
+            beta_slow=rope.get("beta_slow", float, 1.0),
+            truncate=rope.get("truncate", bool, True),
+            attention_factor=rope.get("attention_factor", float, None),
+            original_max_positions=original,
+        )
+    if kind == "longrope":
+        factors = {name: tuple(map(float, rope.get(name, list))) for name in ("short_factor", "long_factor")}
+        head_dim = fields.size("head_dim", fields.size("hidden_size") // fields.size("num_attention_heads"))
+        for name, values in factors.items():
+            if len(values) != int(head_dim * fraction) // 2:
+                raise JaxbakeError(
+                    f"config.json: {name} has {len(values)} numbers, not {int(head_dim * fraction) // 2}"
+                )
+        return replace(
+            base,
+            factor=rope.get("factor", float, longest / original),
+            attention_factor=rope.get("attention_factor", float, None),
+            original_max_positions=original,
+            **factors,
+        )
+    return base
+
+
+def _ropes_by_type(fields: _Fields, layer_types: list[str], *, sliding: float, full: float) -> dict:
+    """`ropes` and `layer_rope` of families whose windowed and full layers have rotary embeddings of their own.
+
+    transformers 5: `rope_parameters` by layer type. 4: `rope_theta` and `rope_scaling` for the full layers,
+    `rope_local_base_freq` for the windowed ones. `sliding`, `full`: the thetas where none are given.
+    """
+    by_type = fields.get("rope_parameters", dict, None) or {}
+    for key in by_type:
+        if key not in _LAYER_TYPES:
+            raise JaxbakeError(f"config.json: '{key}' in rope_parameters; it should hold {_listed(_LAYER_TYPES)}")
+    full_raw = by_type.get("full_attention") or fields.get("rope_scaling", dict, None) or {}
+    full_rope = _rope_from(full_raw, fields, theta=fields.get("rope_theta", float, full))
+    theta = fields.get("rope_local_base_freq", float, sliding)
+    sliding_rope = _rope_from(by_type.get("sliding_attention") or {}, fields, theta=theta)
+    return _assigned([full_rope if kind == "full_attention" else sliding_rope for kind in layer_types])
+
+
+def _assigned(per_layer: list[RopeConfig]) -> dict:
+    """`ropes` and `layer_rope` from one rotary embedding per layer."""
+    ropes = tuple(dict.fromkeys(per_layer))
+    return {"ropes": ropes, "layer_rope": tuple(map(ropes.index, per_layer)) if len(ropes) > 1 else ()}
+
+
+# Attention windows
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _layer_types(fields: _Fields, is_sliding: Callable[[int], bool]) -> list[str]:
+    """`layer_types`, or by the family's own pattern where absent."""
+    layers = fields.size("num_hidden_layers")
+    types = fields.get("layer_types", list, None)
+    if types is None:
+        return [_LAYER_TYPES[bool(is_sliding(i))] for i in range(layers)]
+    if len(types) < layers or not set(types) <= set(_LAYER_TYPES):
+        raise JaxbakeError(f"config.json: layer_types should hold {layers} of {_listed(_LAYER_TYPES)}")
+    return types[:layers]
+
+
+def _windows(fields: _Fields, layer_types: list[str], window: int | None) -> tuple[int, ...]:
+    if "sliding_attention" not in layer_types:
+        return ()
+    if window is None:
+        raise JaxbakeError("config.json: layer_types has sliding_attention, but no sliding_window is set")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+
+
+def _everywhere(fields: _Fields) -> tuple[int, ...]:
+    """One window for all layers, where `sliding_window` is set (Mistral, Phi-3)."""
+    window = fields.size("sliding_window", None)
+    kind = "full_attention" if window is None else "sliding_attention"
+    if set(_layer_types(fields, lambda i: window is not None)) != {kind}:
+        raise JaxbakeError("config.json: layer_types that differ from layer to layer are not supported for this family")
+    return () if window is None else (window,) * fields.size("num_hidden_layers")
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(names))
+
+
+# Families
+
+
+def _llama(fields: _Fields, family: str) -> ModelConfig:
+    bias = fields.get("attention_bias", bool, False)
+    return _common(
+        fields, family, qkv_bias=bias, o_bias=bias, mlp_bias=fields.get("mlp_bias", bool, False), ropes=(_rope(fields),)
+    )
+
+
+def _mistral(fields: _Fields, family: str) -> ModelConfig:
+    return _common(fields, family, ropes=(_rope(fields),), windows=_everywhere(fields))
+
+
+def _qwen(fields: _Fields, family: str) -> ModelConfig:
+    window = fields.size("sliding_window", 4096) if fields.get("use_sliding_window", bool, False) else None
+    first = fields.get("max_window_layers", int, 28)
+    types = _layer_types(fields, lambda i: window is not None and i >= first)
+    extra: dict[str, Any] = {"qkv_bias": True}
+    if family == "qwen3":
+        bias = fields.get("attention_bias", bool, False)
+        extra = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "head_dim": fields.size("head_dim", 128)}
+    return _common(fields, family, ropes=(_rope(fields),), windows=_windows(fields, types, window), **extra)
+
+
+def _gemma(fields: _Fields, family: str, **changes) -> ModelConfig:
+    """What Gemma 2 and 3 share. Hub configs leave out what equals transformers' defaults: they are stated here."""
+    fields = fields.or_else(num_attention_heads=8, num_key_value_heads=4)
+    bias = fields.get("attention_bias", bool, False)
+    return _common(
+        fields,
+        family,
+        head_dim=fields.size("head_dim", 256),
+        activation=_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
+        tie_embeddings=fields.get("tie_word_embeddings", bool, True),
+        qkv_bias=bias,
+        o_bias=bias,
+        norm_placement="sandwich",
+        norm_offset=1.0,
+        embed_scale=fields.size("hidden_size") ** 0.5,
+        attention_scale=fields.get("query_pre_attn_scalar", float, 256.0) ** -0.5,
+        **changes,
+    )
+
+
+def _gemma2(fields: _Fields, family: str) -> ModelConfig:
+    fields = fields.or_else(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, max_position_embeddings=8192)
+    types = _layer_types(fields, lambda i: i % 2 == 0)
+    return _gemma(
+        fields,
+        family,
+        ropes=(_rope(fields),),
+        windows=_windows(fields, types, fields.size("sliding_window", 4096)),
+        attention_softcap=fields.get("attn_logit_softcapping", float, None),
+        logit_softcap=fields.get("final_logit_softcapping", float, None),
+    )
+
+
+def _gemma3(fields: _Fields, family: str) -> ModelConfig:
+    if fields.raw.get("attn_logit_softcapping") is not None:  # transformers declares it and does not apply it
+        raise JaxbakeError("config.json: attn_logit_softcapping is not supported for Gemma 3")
+    fields = fields.or_else(vocab_size=262_208, max_position_embeddings=131_072)
+    pattern = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
+    types = _layer_types(fields, lambda i: (i + 1) % pattern != 0)
+    return _gemma(
+        fields,
+        family,
+        qk_norm="head",
+        windows=_windows(fields, types, fields.size("sliding_window", 4096)),
+        logit_softcap=fields.get("final_logit_softcapping", float, None),
+        **_ropes_by_type(fields, types, sliding=1e4, full=1e6),
+    )
+
+
+def _phi3(fields: _Fields, family: str) -> ModelConfig:
+    rope = _rope(fields, kinds=("default", "longrope"), partial=True)
+    return _common(fields, family, fused_projections=True, ropes=(rope,), windows=_everywhere(fields))
+
+
+def _smollm3(fields: _Fields, family: str) -> ModelConfig:
+    layers, rope = fields.size("num_hidden_layers"), _rope(fields, theta=2e6)
+    interval = fields.size("no_rope_layer_interval", 4)
+    rotary = fields.get("no_rope_layers", list, [(i + 1) % interval != 0 for i in range(layers)])
+    if len(rotary) < layers:
+        raise JaxbakeError(f"config.json: no_rope_layers has {len(rotary)} entries for {layers} layers")
+    window = fields.size("sliding_window", None) if fields.get("use_sliding_window", bool, False) else None
+    types = _layer_types(fields, lambda i: window is not None and not rotary[i])
+    bias = fields.get("attention_bias", bool, False)
+    return _common(
+        fields,
+        family,
+        tie_embeddings=fields.get("tie_word_embeddings", bool, True),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=fields.get("mlp_bias", bool, False),
+        windows=_windows(fields, types, window),
+        **_assigned([rope if rotary[i] else RopeConfig(kind="none") for i in range(layers)]),
+    )
+
+
+def _olmo(fields: _Fields, family: str) -> ModelConfig:
+    bias = fields.get("attention_bias", bool, False)
+    if family == "olmo3":
+        types = _layer_types(fields, lambda i: (i + 1) % 4 != 0)
+        theta = fields.get("rope_theta", float, 5e5)
+        extra = _ropes_by_type(fields, types, sliding=theta, full=theta)
+        extra["windows"] = _windows(fields, types, fields.size("sliding_window", 4096))
+    else:
+        extra = {"ropes": (_rope(fields),)}
+    return _common(fields, family, qkv_bias=bias, o_bias=bias, qk_norm="full", norm_placement="post", **extra)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; crumb", _llama),
+    "mistral": Family("Mistral", "Mistral 7B v0.1 to v0.3, Mistral Nemo", _mistral),
+    "qwen2": Family("Qwen 2", "Qwen2, Qwen2.5", _qwen),
+    "qwen3": Family("Qwen 3", "Qwen3 0.6B to 32B (dense)", _qwen),
+    "gemma2": Family("Gemma 2", "Gemma 2 2B, 9B, 27B", _gemma2),
+    "gemma3_text": Family("Gemma 3 (text)", "Gemma 3 270M, 1B", _gemma3),
+    "gemma3": Family("Gemma 3 (multimodal; its text part)", "Gemma 3 4B, 12B, 27B", _gemma3, wrapped=True),
+    "phi3": Family("Phi-3", "Phi-3 mini and medium, Phi-3.5 mini, Phi-4", _phi3),
+    "smollm3": Family("SmolLM3", "SmolLM3 3B", _smollm3),
+    "olmo2": Family("OLMo 2", "OLMo 2 1B, 7B, 13B, 32B", _olmo),
+    "olmo3": Family("OLMo 3", "OLMo 3 7B, 32B", _olmo),
+}
+"""The families, by `model_type`."""
