@@ -1,0 +1,353 @@
+"""The generator of dialogues: families, how prompts are put together, and the mixture of each stage of training.
+
+Every dialogue draws its facts anew, so that they can only be read from its prompt. Generation is plain Python,
+seeded, and knows nothing of models or tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from jaxbake.smallworld import abilities, blocks
+from jaxbake.smallworld.blocks import UNKNOWN, Block, Fact, Facts, Policy, Tools
+from jaxbake.smallworld.manner import QA, Manner, draw_manner
+from jaxbake.smallworld.wording import DIRECT, UPDATES, Source, capital
+
+Message = dict[str, str]
+WILD = 0.1
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages with roles; `graded` are the indices of the assistant turns that are learned or scored."""
+
+    family: str
+    messages: tuple[Message, ...]
+    graded: tuple[int, ...]
+    manner: Manner = Manner()
+
+
+@dataclass
+class Scene:
+    """A dialogue being made: what holds in it (manner, blocks), and what has been said."""
+
+    source: Source
+    manner: Manner = Manner()
+    blocks: list[Block] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    graded: list[int] = field(default_factory=list)
+
+    @property
+    def facts(self) -> list[Facts]:
+        return [b for b in self.blocks if isinstance(b, Facts)]
+
+    def system(self, text: str) -> None:
+        self.messages.append({"role": "system", "content": text})
+
+    def user(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+
+    def assistant(self, text: str, graded: bool = True) -> None:
+        if graded:
+            self.graded.append(len(self.messages))
+        self.messages.append({"role": "assistant", "content": text})
+
+    def turn(self, qa: QA, graded: bool = True) -> None:
+        """One question and its answer, through a tool where the answer calls one."""
+        self.user(qa.question)
+        self.assistant(self.manner.say(qa), graded)
+        if qa.then:
+            result, reply = qa.then
+            self.messages.append({"role": "tool", "content": result})
+            self.assistant(self.manner.say(reply), graded)
+
+    def ask(self, kind: str) -> QA:
+        """A question of a kind; falls back on a direct or unknown one where the prompt offers none of the kind."""
+        source, facts = self.source, self.facts
+        found: QA | None = None
+        if kind in ("direct", "reversed", "two_hop") and facts:
+            block = source.pick(facts)
+            if kind == "reversed":
+                found = blocks.ask_reversed(source, block, [b for b in facts if b is not block])
+            elif kind == "two_hop":
+                found = blocks.ask_two_hop(source, block)
+            found = found or blocks.ask_direct(source, block)
+        elif kind == "policy":
+            found = blocks.ask_policy(source, next(b for b in self.blocks if isinstance(b, Policy)))
+        elif kind == "tool":
+            found = blocks.ask_tools(source, next(b for b in self.blocks if isinstance(b, Tools)))
+        elif kind in _FREE:
+            found = _FREE[kind](source)
+        elif kind == "talk":
+            found = abilities.small_talk(source, self.manner.persona)
+        return found or blocks.ask_unknown(source, facts)
+
+    def kinds(self) -> list[str]:
+        """Kinds of questions that make sense here, by weight."""
+        found = ["ability", "talk", "unknown"]
+        for block in self.blocks:
+            if isinstance(block, Facts):
+                found += ["direct"] * 5 + ["reversed"] * 3 + ["unknown"] * 3 + ["two_hop"]
+            elif isinstance(block, Policy):
+                found += ["policy"] * 7
+            else:
+                found += ["tool"] * 6
+        return found
+
+    def done(self, family: str) -> Dialogue:
+        return Dialogue(family, tuple(self.messages), tuple(self.graded), self.manner)
+
+
+_FREE: dict[str, Callable[[Source], QA]] = {
+    "ability": abilities.ability,
+    "long_sum": abilities.long_sum,
+    "copy": abilities.copying,
+}
+
+
+def prompt_text(source: Source, manner: Manner, parts: list[Block]) -> str:
+    """One prompt: the manner's sentences and the blocks, in either order."""
+    how = " ".join(manner.sentences(source))
+    texts = [b.text for b in parts]
+    texts = texts if not how else [*texts, how] if source.chance(0.3) else [how, *texts]
+    return source.pick((" ", " ", "\n", "\n\n")).join(texts)
+
+
+def _draw_block(source: Source, most: int) -> Block:
+    match source.between(0, 9):
+        case 0:
+            return blocks.draw_policy(source)
+        case 1:
+            return blocks.draw_tools(source)
+        case 2:
+            return blocks.draw_news(source, source.between(2, max(2, most // 2)))
+        case 3:
+            return blocks.draw_document(source, source.between(3, max(3, most)))
+    return blocks.draw_facts(source, source.between(1, most))
+
+
+def _scene(source: Source, manner: str | Manner, parts: list[Block]) -> Scene:
+    manner = draw_manner(source, manner) if isinstance(manner, str) else manner
+    scene = Scene(source, manner, parts)
+    text = prompt_text(source, manner, parts)
+    if text:
+        scene.system(text)
+    elif source.chance(0.1):
+        scene.system(source.pick(("You are a helpful assistant.", "Be helpful.", "Answer the user.")))
+    return scene
+
+
+def _turns(scene: Scene, first: str, turns: int) -> Scene:
+    scene.turn(scene.ask(first))
+    for _ in range(turns - 1):
+        scene.turn(scene.ask(scene.source.pick(scene.kinds())))
+    return scene
+
+
+def _facts(low: int, high: int, kind: str = "direct", manner: str = "plain"):
+    def make(source: Source, turns: int) -> Scene:
+        return _turns(_scene(source, manner, [blocks.draw_facts(source, source.between(low, high))]), kind, turns)
+
+    return make
+
+
+def _manner(manner: str):
+    def make(source: Source, turns: int) -> Scene:
+        return _turns(_scene(source, manner, []), source.pick(("ability", "ability", "talk", "unknown")), turns)
+
+    return make
+
+
+def _mannered_facts(low: int, high: int, manners: tuple[str, ...]):
+    def make(source: Source, turns: int) -> Scene:
+        scene = _scene(source, source.pick(manners), [blocks.draw_facts(source, source.between(low, high))])
+        return _turns(scene, source.pick(("direct", "direct", "reversed", "unknown", "ability")), turns)
+
+    return make
+
+
+def _two_hop(steps: bool):
+    def make(source: Source, turns: int) -> Scene:
+        block = blocks.draw_facts(source, source.between(2, 8))
+        while blocks.ask_two_hop(source, block) is None:
+            source.used.clear()
+            block = blocks.draw_facts(source, source.between(2, 8))
+        return _turns(_scene(source, Manner(steps=steps), [block]), "two_hop", turns)
+
+    return make
+
+
+def _long_sum(steps: bool):
+    def make(source: Source, turns: int) -> Scene:
+        scene = _scene(source, Manner(steps=steps), [])
+        for _ in range(turns):
+            scene.turn(scene.ask("long_sum"))
+        return scene
+
+    return make
+
+
+def _with_block(draw: Callable[[Source], Block], kinds: tuple[str, ...], manners: tuple[str, ...] = ("plain",)):
+    def make(source: Source, turns: int) -> Scene:
+        return _turns(_scene(source, source.pick(manners), [draw(source)]), source.pick(kinds), turns)
+
+    return make
+
+
+def _free(kind: str):
+    def make(source: Source, turns: int) -> Scene:
+        scene = _scene(source, "plain", [])
+        for i in range(turns):
+            scene.turn(scene.ask(kind if i == 0 else source.pick((kind, "unknown", "talk", "ability"))))
+        return scene
+
+    return make
+
+
+def _joined(source: Source, turns: int) -> Scene:
+    """Two or three prompts one after another; at most one says how to answer."""
+    count = source.pick((2, 2, 2, 3))
+    parts = [_draw_block(source, 8) for _ in range(count)]
+    for kind in (Policy, Tools):  # one policy and one set of tools at most, else a question has two answers
+        for extra in [b for b in parts if isinstance(b, kind)][1:]:
+            parts[parts.index(extra)] = blocks.draw_facts(source, source.between(1, 6))
+    manner = draw_manner(source, source.pick(("plain", "any")))
+    at = source.between(0, count - 1)
+    scene = Scene(source, manner, list(parts))
+    scene.system("\n\n".join(prompt_text(source, manner if i == at else Manner(), [b]) for i, b in enumerate(parts)))
+    return _turns(scene, source.pick([k for k in scene.kinds() if k != "talk"]), turns)
+
+
+def _mixed(source: Source, turns: int) -> Scene:
+    """Any manner with any blocks."""
+    parts = [_draw_block(source, 8)] if source.chance(0.7) else []
+    scene = _scene(source, "any", parts)
+    return _turns(scene, source.pick(scene.kinds()), turns)
+
+
+def _told(source: Source, turns: int) -> Scene:
+    """Facts told in a user turn instead of the system prompt."""
+    scene = _scene(source, source.pick(("plain", "any")), [])
+    block = blocks.draw_facts(source, source.between(1, 6))
+    scene.turn(QA(block.text, "Noted.", "Noted."))
+    scene.blocks.append(block)
+    return _turns(scene, source.pick(("direct", "direct", "reversed", "unknown")), turns)
+
+
+_CORRECTIONS = ("No. {s}", "That is wrong. {s}", "Correction: {s}", "Not any more. {s}")
+
+
+def _correction(source: Source, turns: int) -> Scene:
+    """The user corrects an answer; the correction holds from then on."""
+    block = blocks.draw_facts(source, source.between(1, 5))
+    scene = _scene(source, source.pick(("plain", "any")), [block])
+    fact = source.pick(block.facts)
+    qa = QA(source.ask(DIRECT, r=f"{fact.relation} of", k=fact.key), fact.sentence(), capital(f"{fact.value}."))
+    scene.turn(qa)
+    new = fact
+    while new.value == fact.value:
+        new = Fact(fact.key, fact.relation, blocks.draw_value(source, fact.relation))
+    said = capital(source.pick(UPDATES).format(r=new.relation, k=new.key, v=new.value))
+    scene.turn(QA(source.pick(_CORRECTIONS).format(s=said), "Thank you. " + new.sentence(), capital(f"{new.value}.")))
+    facts = tuple(new if f == fact else f for f in block.facts)
+    scene.blocks[0] = replace(block, facts=facts, focus=(new,), stale=frozenset((fact.value,)))
+    return _turns(scene, "direct", turns)
+
+
+def _demonstration(source: Source, turns: int) -> Scene:
+    """Earlier answers show a style that no instruction names; the first is not learned (nothing announces it)."""
+    scene = Scene(source, draw_manner(source, source.pick(("prefix", "suffix", "terse", "persona"))))
+    for i in range(source.between(2, 4) + turns):
+        scene.turn(scene.ask(source.pick(("ability", "ability", "unknown"))), graded=i >= 1)
+    return scene
+
+
+def _drift(source: Source, turns: int) -> Scene:
+    """Many turns under one manner."""
+    scene = _scene(source, source.pick(("persona", "persona", "suffix", "prefix")), [])
+    if source.chance(0.5):
+        scene = _scene(source, scene.manner, [blocks.draw_facts(source, source.between(2, 8))])
+    for _ in range(source.between(6, 20)):
+        scene.turn(scene.ask(source.pick(scene.kinds())))
+    return scene
+
+
+_SIMPLE_MANNERS = ("persona", "persona", "persona", "suffix", "prefix", "terse", "two")
+
+FAMILIES: dict[str, Callable[[Source, int], Scene]] = {
+    "facts_1_3": _facts(1, 3),
+    "facts_4_6": _facts(4, 6),
+    "facts_7_12": _facts(7, 12),
+    "facts_13_30": _facts(13, 30),
+    "reversed": _facts(1, 12, "reversed"),
+    "unknown": _facts(1, 12, "unknown"),
+    "unknown_unprompted": _free("unknown"),
+    "persona": _manner("persona"),
+    "persona_facts": _mannered_facts(5, 10, ("persona",)),
+    "manner_facts": _mannered_facts(1, 8, _SIMPLE_MANNERS),
+    "suffix": _manner("suffix"),
+    "prefix": _manner("prefix"),
+    "terse": _manner("terse"),
+    "two_styles": _manner("two"),
+    "sum_steps": _long_sum(True),
+    "sum_plain": _long_sum(False),
+    "two_hop_steps": _two_hop(True),
+    "two_hop_plain": _two_hop(False),
+    "policy": _with_block(blocks.draw_policy, ("policy",)),
+    "tool_call": _with_block(blocks.draw_tools, ("tool",)),
+    "document": _with_block(
+        lambda s: blocks.draw_document(s, s.between(5, 10)), ("direct", "direct", "reversed", "unknown"), ("plain", "any")
+    ),
+    "news": _with_block(
+        lambda s: blocks.draw_news(s, s.between(2, 8)), ("direct", "direct", "direct", "reversed", "unknown")
+    ),
+    "joined": _joined,
+    "mixed": _mixed,
+    "told": _told,
+    "correction": _correction,
+    "demonstration": _demonstration,
+    "drift": _drift,
+    "ability": _free("ability"),
+    "small_talk": _free("talk"),
+    "copy": _free("copy"),
+}  # fmt: skip
+"""Every family of dialogues: (source, turns) -> scene."""
+
+STAGES: tuple[dict[str, float], ...] = (
+    {"copy": 0.35, "facts_1_3": 0.3, "reversed_few": 0.15, "unknown_few": 0.1, "ability": 0.1},
+    {
+        "copy": 0.08, "facts_1_3": 0.2, "facts_4_6": 0.2, "reversed_few": 0.15, "unknown_few": 0.08, "ability": 0.1,
+        "persona": 0.04, "suffix": 0.03, "prefix": 0.03, "terse": 0.02, "unknown_unprompted": 0.03, "policy": 0.04,
+    },
+    {
+        "facts_1_3": 0.05, "facts_4_6": 0.06, "facts_7_12": 0.13, "facts_13_30": 0.025, "reversed": 0.08,
+        "unknown": 0.05, "unknown_unprompted": 0.02, "persona": 0.02, "persona_facts": 0.09, "manner_facts": 0.06,
+        "suffix": 0.01, "prefix": 0.01, "terse": 0.01, "two_styles": 0.015, "sum_steps": 0.04, "sum_plain": 0.005,
+        "two_hop_steps": 0.02, "two_hop_plain": 0.015, "policy": 0.05, "tool_call": 0.025, "document": 0.03,
+        "news": 0.03, "joined": 0.05, "mixed": 0.04, "told": 0.02, "correction": 0.02, "demonstration": 0.015,
+        "drift": 0.005, "ability": 0.06, "small_talk": 0.015, "copy": 0.01,
+    },
+)  # fmt: skip
+"""Share of dialogues of each family, per stage of the curriculum."""
+
+_FEW = {"reversed_few": ("reversed", _facts(1, 4, "reversed")), "unknown_few": ("unknown", _facts(1, 4, "unknown"))}
+
+
+def make_dialogue(rng: random.Random, family: str, *, held_out: bool = False, turns: int = 1) -> Dialogue:
+    """One dialogue of a family. With `held_out`, names and question wordings are those never seen in training."""
+    name, make = _FEW[family] if family in _FEW else (family, FAMILIES[family])
+    source = Source(rng, held_out, 0.0 if held_out else WILD)
+    return make(source, turns).done(name)
+
+
+def draw_dialogue(rng: random.Random, stage: int) -> Dialogue:
+    """One training dialogue of the stage's mixture."""
+    mix = STAGES[stage]
+    family = rng.choices(tuple(mix), tuple(mix.values()))[0]
+    turns = rng.choices((1, 2, 3, 4, 5), ((0.3, 0.3, 0.2, 0.2, 0.0), (0.2, 0.2, 0.25, 0.2, 0.15))[stage == 2])[0]
+    return make_dialogue(rng, family, turns=turns)
+
+
+__all__ = ["FAMILIES", "STAGES", "UNKNOWN", "Dialogue", "Message", "Scene", "draw_dialogue", "make_dialogue"]
