@@ -1,0 +1,87 @@
+"""The command line: thin commands around the library; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from jaxbake.errors import JaxbakeError
+
+_RESUMABLE = ("quickstart", "bake")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class _Commands(TyperGroup):
+    """Turns what a person can mend into one line on stderr and exit code 2; all else keeps its stack trace."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except JaxbakeError as error:
+            _leave(f"jaxbake: {error}", 2)
+        except KeyboardInterrupt:
+            again = "; run the same command to continue" if ctx.invoked_subcommand in _RESUMABLE else ""
+            _leave(f"\njaxbake: interrupted{again}", 130)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            _leave(f"jaxbake: {error.filename or 'file'}: {error.strerror}", 2)
+
+
+def _leave(message: str, code: int):
+    print(message, file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from jaxbake import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Bake a prompt into a model's weights, as a low-rank delta.
+
+    Start with **jaxbake quickstart**: it bakes a prompt into the small model that ships with jaxbake, measures
+    what came of it, and says what to try next. It needs no network and no accelerator.
+    """
+
+
+def main() -> None:
+    """What the `jaxbake` command runs."""
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    app()
+
+
+from jaxbake.cli import baking, deltas, talking  # noqa: E402, F401  (each adds its commands to `app`)

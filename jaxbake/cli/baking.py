@@ -1,0 +1,120 @@
+"""`quickstart`, `bake` and `eval`: a prompt becomes a delta, and is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxbake.cli import app, show
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/quickstart"),
+    as_json: Json = False,
+) -> None:
+    """Bake a pirate who knows eight facts into the shipped model, and see what came of it.
+
+    Uses **crumb**, the small model inside jaxbake: no network, no accelerator, under two minutes on two cores.
+    Ends in a table of the model without the prompt, with it, baked, and both. Interrupted, it continues when run again.
+
+    Example:
+
+      jaxbake quickstart
+    """
+    from jaxbake.run import QUICKSTART
+
+    _bake(QUICKSTART, [], output, as_json)
+
+
+@app.command()
+def bake(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see configs/ in the repository.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be given often."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to. [default: the recipe's output/name]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bake the prompt of a recipe into its model: sample, train, evaluate, export.
+
+    The output folder holds the delta with its card, the same delta for Hugging Face PEFT (peft/), the sampled
+    trajectories, metrics.jsonl, evaluation.json, summary.md and plot.png. The same command continues an interrupted
+    bake exactly where it stopped.
+
+    Examples:
+
+      jaxbake bake configs/persona.yaml
+
+      jaxbake bake configs/facts.yaml --set bake.lora.rank=8 --set bake.train.steps=100 --output runs/rank8
+    """
+    _bake(recipe, overrides or [], output, as_json)
+
+
+def _bake(path: Path, overrides: list[str], output: Path | None, as_json: bool) -> None:
+    from jaxbake.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    from jaxbake.run import run_recipe  # after the recipe is known to be right: this brings jax
+
+    with show.Bars() as progress:
+        summary = run_recipe(recipe, path.parent, output, progress)
+    if as_json:
+        show.print_json(summary.to_dict())
+        return
+    if summary.reused:
+        show.note(f"{summary.output} already holds this bake, finished; delete the folder to make it anew.")
+    show.console().print(summary)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A bake's output folder, or a model: crumb, a folder, a hub name.")],
+    delta: Annotated[Path | None, typer.Option("--delta", help="Measure the model with this delta.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Measure the model behind this prompt.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", help='Lines of {"question": ..., "answer": ...} to ask.')
+    ] = None,
+    match: Annotated[str, typer.Option("--match", help="exact, contains, or persona:NAME for crumb.")] = "contains",
+    limit: Annotated[int, typer.Option("--limit", help="Questions for each ability of crumb.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Measure a bake, or a model.
+
+    A bake's folder is measured again: accuracy in the four cells base / prompted / baked / baked+prompted, KL to the
+    prompted model, and what the bake did to everything else; with --questions, on questions of your own.
+    **crumb** without --questions gives the accuracy of every ability it was trained for.
+
+    Examples:
+
+      jaxbake eval runs/quickstart
+
+      jaxbake eval runs/quickstart --questions mine.jsonl
+
+      jaxbake eval crumb --delta runs/quickstart
+
+      jaxbake eval crumb --system "The code of Zandek is 4821." --questions mine.jsonl
+    """
+    from jaxbake import run
+
+    folder = Path(target)
+    with show.Bars() as progress:
+        if (folder / run.RECIPE).is_file():
+            if delta or system:
+                raise typer.BadParameter("--delta and --system go with a model; a bake's folder has its own")
+            result = run.evaluate_folder(folder, questions=questions, match=match, progress=progress)
+        else:
+            result = run.evaluate_model(
+                target, delta=delta, system=system, questions=questions, match=match, limit=limit, progress=progress
+            )
+    if as_json:
+        show.print_json(result.to_dict())
+    else:
+        show.console().print(result)
