@@ -88,9 +88,12 @@ def merged(delta: Delta, out: Out, model: Model = None) -> None:
 @check.command()
 def vllm(
     adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Folder of the base, to check the tensors' names against.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")] = False,
 ) -> None:
-    """Name what vLLM would refuse in an adapter, or silently ignore. Exit code 1 where there is something to mend.
+    """Name what vLLM would refuse in an adapter, or silently ignore. Exit code 1 where there is any of that.
 
     Example:
 
@@ -100,15 +103,16 @@ def vllm(
 
     from jaxbake.deltas.vllm import check_vllm
 
-    findings = check_vllm(adapter)
+    findings = check_vllm(adapter, model)
+    bad = [finding for finding in findings if finding.severity != "note"]
     if as_json:
         show.print_json([dataclasses.asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            print(finding)
-        if not findings:
-            print(f"{adapter}: nothing vLLM would refuse or ignore")
-    if findings:
+            print(f"{finding.severity}: {finding.field}: {finding.message}; {finding.fix}")
+        if not bad:
+            print(f"{adapter}: vLLM would refuse or ignore nothing")
+    if bad:
         raise typer.Exit(1)
 
 

@@ -119,12 +119,11 @@ def chat(
 
 def _answer(base, delta, system: str | None, turns: list[dict], seed: int, options: dict) -> list[dict]:
     """Prints the answer piece by piece; the conversation with it, or without the question where that was refused."""
-    from jaxbake.data.chat import with_system
     from jaxbake.sampling import stream
 
     pieces: list[str] = []
     try:
-        for piece in stream(base, with_system(system, turns), delta=delta, seed=seed, **options):
+        for piece in stream(base, turns, delta, system, seed=seed, **options):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except JaxbakeError as error:  # too long a conversation, most likely: /reset helps, leaving would not
