@@ -1,9 +1,17 @@
-"""Examples to batches: packed rows, a few fixed shapes, the prompt left out of the rows; a pure function of the step."""
+"""Examples to batches: packed rows, few fixed shapes, the prompt left out of the rows; a pure function of the step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
 import flax.struct
 import numpy as np
+
+from jaxbake.data.chat import Example
+from jaxbake.errors import JaxbakeError
+
+_PREVIEW = 24  # batches looked at to choose the shapes
 
 
 @flax.struct.dataclass
@@ -34,3 +42,277 @@ class Batch:
     teacher: View
     targets: np.ndarray
     weights: np.ndarray
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """Shape of a batch: rows B, row lengths T of student and teacher, matched tokens a row K."""
+
+    rows: int
+    student: int
+    teacher: int
+    matched: int
+
+
+def _match(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common."""
+    n = min(a.size, b.size)
+    return int(np.append(np.flatnonzero(a[:n] != b[:n]), n)[0])
+
+
+def shared_prefix(examples: Sequence[Example]) -> np.ndarray:
+    """The longest token prefix int32 [P] that the teacher prefixes of all "bake" rows begin with (of all rows where
+    there is no such row), shorter than each of them, so that every row keeps the token that predicts its tail."""
+    prefixes = [e.teacher_prefix for e in examples if e.kind == "bake"] or [e.teacher_prefix for e in examples]
+    if not prefixes:
+        return np.zeros(0, np.int32)
+    first = prefixes[0]
+    length = min(first.size - 1, *(min(_match(first, p), p.size - 1) for p in prefixes))
+    return first[: max(length, 0)].astype(np.int32)
+
+
+def _bucket(length: int) -> int:
+    """The next row length: a multiple of 8, from 128 on with eight steps an octave, from 1024 on a multiple of 128."""
+    step = min(max(8, (1 << max(length - 1, 1).bit_length()) >> 4), 128)
+    return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class _Side:
+    """All examples' token sequences of one view, end to end, and where each starts."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    hidden: np.ndarray  # tokens of the shared prefix left out in front of each
+
+
+class Batches:
+    """Batches of `batch_size` examples, every one a pure function of (examples, seed, step).
+
+    An epoch visits every example once. Its order is drawn so that the examples following one another are a fair sample:
+    examples are sorted by kind and length and cut into `batch_size` strata, each of which is spread evenly and in random
+    order over the epoch. So batches hold the kinds in their proportion and nearly the same number of tokens, whatever
+    step one begins at.
+
+    Examples are packed into rows (first fit, longest first), student and teacher alike. Row lengths are chosen once,
+    for the fewest computed tokens; a batch that does not fit the usual number of rows takes the next `Shape`.
+
+    Args:
+      examples: at least one.
+      shared: token prefix [P] whose keys and values the teacher has at hand (see `shared_prefix`); each example leaves
+        out of its teacher row as much of it as it begins with.
+      batch_size: examples a step.
+      max_length: longest row an example may need, in tokens; the part left out is not counted.
+      rows_multiple: the number of rows B is a multiple of it (devices along the batch, accumulated micro-batches).
+
+    Raises JaxbakeError for an example that is longer than max_length, or has nothing to match.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        shared: np.ndarray | None = None,
+        *,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        rows_multiple: int = 1,
+    ):
+        if not examples:
+            raise JaxbakeError("no examples to make batches of")
+        self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
+        self.shared = np.zeros(0, np.int32) if shared is None else np.asarray(shared, np.int32)
+        self._multiple = rows_multiple
+        student = [np.concatenate([e.student_prefix, e.tail]) for e in examples]
+        teacher = [np.concatenate([e.teacher_prefix, e.tail]) for e in examples]
+        # A token of the prefix stays in the row: its hidden state predicts the first token of the tail.
+        hidden = [min(_match(e.teacher_prefix, self.shared), max(e.teacher_prefix.size - 1, 0)) for e in examples]
+        self._student = _side(student, [0] * len(student))
+        self._teacher = _side(teacher, hidden)
+        self._check(max_length)
+
+        # For each matched token: target, weight, and the place of its predicting token in either view's own sequence.
+        at = [np.flatnonzero(e.mask) for e in examples]
+        self._matched = np.array([a.size for a in at])
+        self._matched_starts = np.cumsum(self._matched) - self._matched
+        self._targets = np.concatenate([e.tail[a] for e, a in zip(examples, at, strict=True)]).astype(np.int32)
+        self._weights = np.concatenate([np.full(a.size, e.weight, np.float32) for e, a in zip(examples, at, strict=True)])
+        self._student_at = np.concatenate([a + e.student_prefix.size - 1 for e, a in zip(examples, at, strict=True)])
+        self._teacher_at = np.concatenate(
+            [a + e.teacher_prefix.size - h - 1 for e, a, h in zip(examples, at, hidden, strict=True)]
+        )
+        self._epochs: dict[int, np.ndarray] = {}
+        kinds = sorted({e.kind for e in examples})
+        self._kind = np.array([kinds.index(e.kind) for e in examples])
+        self._shapes = self._with_overflow(self._choose(max_length))
+
+    def _check(self, max_length: int) -> None:
+        for i, example in enumerate(self.examples):
+            if not example.mask.any() or example.mask.size != example.tail.size:
+                raise JaxbakeError(f"example {i} ({example.kind}): no token of its tail is to be matched")
+            if example.mask[0] and not (example.student_prefix.size and example.teacher_prefix.size):
+                raise JaxbakeError(f"example {i} ({example.kind}): no token stands before its first matched one")
+            longest = int(max(self._student.lengths[i], self._teacher.lengths[i]))
+            if longest > max_length:
+                raise JaxbakeError(
+                    f"example {i} ({example.kind}) is {longest} tokens long, more than train.max_length: {max_length}; "
+                    f"raise it to {_bucket(longest)}, or lower sampling.max_tokens"
+                )
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation of the examples that an epoch visits."""
+        if epoch not in self._epochs:
+            if len(self._epochs) > 4:
+                self._epochs.clear()
+            n = len(self.examples)
+            random = np.random.default_rng([self.seed, epoch])
+            shuffled = random.permutation(n)
+            keys = (self._student.lengths[shuffled], self._kind[shuffled])
+            ranked = shuffled[np.lexsort(keys)]
+            # A stratum of m examples has its turn m times an epoch, each stratum at its own moment within the round.
+            time, strata = np.empty(n), min(self.batch_size, n)
+            for stratum, moment in zip(np.array_split(np.arange(n), strata), random.permutation(strata), strict=True):
+                time[stratum] = (random.permutation(stratum.size) + moment / strata) / stratum.size
+            self._epochs[epoch] = ranked[np.argsort(time, kind="stable")]
+        return self._epochs[epoch]
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Which examples the batch of a step holds: [batch_size] indices."""
+        at = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(at, len(self.examples))
+        return np.array([self.order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, numpy arrays."""
+        return self._assemble(self.chosen(step))
+
+    def all(self) -> Iterator[Batch]:
+        """Every example once, in order, `batch_size` at a time, in the same shapes: for evaluation."""
+        for start in range(0, len(self.examples), self.batch_size):
+            yield self._assemble(np.arange(start, min(start + self.batch_size, len(self.examples))))
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes batches may have, the usual one first; the others have more rows."""
+        return self._shapes
+
+    def useful_fraction(self, steps: int = _PREVIEW) -> float:
+        """Share of the computed row tokens, of student and teacher together, that are not padding, over some steps."""
+        useful = computed = 0
+        for step in range(steps):
+            chosen = self.chosen(step)
+            shape = self._fit(self._shapes, len(self._pack(chosen, self._shapes[0])))
+            useful += int(self._student.lengths[chosen].sum() + self._teacher.lengths[chosen].sum())
+            computed += shape.rows * (shape.student + shape.teacher)
+        return useful / computed
+
+    def _round(self, rows: int) -> int:
+        return -(-rows // self._multiple) * self._multiple
+
+    def _with_overflow(self, shape: Shape) -> tuple[Shape, ...]:
+        """A shape and those with an eighth more rows each, up to where every example has a row of its own."""
+        shapes, most = [shape], self._round(self.batch_size)
+        while shapes[-1].rows < most:
+            rows = self._round(shapes[-1].rows + -(-shapes[-1].rows // 8))
+            shapes.append(replace(shape, rows=min(rows, most)))
+        return tuple(shapes)
+
+    @staticmethod
+    def _fit(shapes: tuple[Shape, ...], rows: int) -> Shape:
+        return next(shape for shape in shapes if shape.rows >= rows)
+
+    def _choose(self, max_length: int) -> Shape:
+        """The shape that costs least over the first steps, among row lengths from the longest example to max_length."""
+        batches = [self.chosen(step) for step in range(_PREVIEW)]
+        total = np.array([side.sum() for side in (self._student.lengths, self._teacher.lengths, self._matched)])
+        least = [side.max() for side in (self._student.lengths, self._teacher.lengths, self._matched)]
+        limit = max(_bucket(int(max(least[:2]))), max_length)
+        longest = max(limit, 1)
+        length, best = _bucket(int(least[0])), None
+        while best is None or max(length, t_teacher) <= limit:
+            # Rows are filled alike when their capacities stand in proportion to the tokens; slack packs better.
+            t_teacher = max(_bucket(int(least[1])), _bucket(round(total[1] / total[0] * length)))
+            for slack in (1.0, 1.1, 1.25):
+                k = max(_bucket(int(least[2])), _bucket(round(total[2] / total[0] * length * slack)))
+                rows = sorted(len(self._pack(batch, Shape(1, length, t_teacher, k))) for batch in batches)
+                for usual in sorted(set(rows[len(rows) // 2 :])):
+                    shapes = self._with_overflow(Shape(self._round(usual), length, t_teacher, k))
+                    used = [self._fit(shapes, n) for n in rows]
+                    # Every further shape is compiled once more; it must save 3 %.
+                    cost = sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
+                    if best is None or cost < best[0]:
+                        best = cost, shapes[0]
+            if rows[-1] <= self._multiple or length >= longest:
+                break
+            length = _bucket(length * 17 // 16 + 1)
+        return best[1]
+
+    def _pack(self, chosen: np.ndarray, shape: Shape) -> list[list[int]]:
+        """Rows of examples: first fit, longest first, within the three capacities of a row."""
+        rows: list[list[int]] = []
+        room: list[list[int]] = []
+        sizes = [(int(self._student.lengths[i]), int(self._teacher.lengths[i]), int(self._matched[i])) for i in chosen]
+        share = [max(s / shape.student, t / shape.teacher, k / shape.matched) for s, t, k in sizes]
+        for at in sorted(range(len(chosen)), key=lambda at: -share[at]):
+            s, t, k = sizes[at]
+            for row, left in zip(rows, room, strict=True):
+                if s <= left[0] and t <= left[1] and k <= left[2]:
+                    break
+            else:
+                row, left = [], [shape.student, shape.teacher, shape.matched]
+                rows.append(row)
+                room.append(left)
+            row.append(int(chosen[at]))
+            left[0] -= s
+            left[1] -= t
+            left[2] -= k
+        return rows
+
+    def _assemble(self, chosen: np.ndarray) -> Batch:
+        rows = self._pack(chosen, self._shapes[0])
+        shape = self._fit(self._shapes, len(rows))
+        student = _empty_view(shape.rows, shape.student, shape.matched)
+        teacher = _empty_view(shape.rows, shape.teacher, shape.matched)
+        targets = np.zeros((shape.rows, shape.matched), np.int32)
+        weights = np.zeros((shape.rows, shape.matched), np.float32)
+        for b, row in enumerate(rows):
+            s = t = k = 0
+            for segment, i in enumerate(row, 1):
+                matched = slice(self._matched_starts[i], self._matched_starts[i] + self._matched[i])
+                out = slice(k, k + self._matched[i])
+                targets[b, out] = self._targets[matched]
+                weights[b, out] = self._weights[matched]
+                student.index[b, out] = self._student_at[matched] + s
+                teacher.index[b, out] = self._teacher_at[matched] + t
+                s = _place(student, self._student, i, b, s, segment)
+                t = _place(teacher, self._teacher, i, b, t, segment)
+                k = out.stop
+        return Batch(student, teacher, targets, weights)
+
+
+def _cost(shape: Shape) -> float:
+    """Relative cost of a shape: row tokens, those of the student thrice (forward, backward); the vocabulary projection of
+    the matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
+    tokens = 3 * shape.student * (1 + shape.student / 4096) + shape.teacher * (1 + shape.teacher / 4096)
+    return shape.rows * (tokens + shape.matched / 2)
+
+
+def _side(sequences: list[np.ndarray], hidden: list[int]) -> _Side:
+    lengths = np.array([s.size - h for s, h in zip(sequences, hidden, strict=True)])
+    tokens = np.concatenate([s[h:] for s, h in zip(sequences, hidden, strict=True)]).astype(np.int32)
+    return _Side(tokens, np.cumsum(lengths) - lengths, lengths, np.array(hidden))
+
+
+def _empty_view(rows: int, length: int, matched: int) -> View:
+    return View(*(np.zeros((rows, length), np.int32) for _ in range(4)), index=np.zeros((rows, matched), np.int32))
+
+
+def _place(view: View, side: _Side, i: int, b: int, at: int, segment: int) -> int:
+    """Writes example i into row b from `at` on; returns where it ends."""
+    length, hidden, end = side.lengths[i], side.hidden[i], at + side.lengths[i]
+    view.tokens[b, at:end] = side.tokens[side.starts[i] : side.starts[i] + length]
+    view.positions[b, at:end] = np.arange(hidden, hidden + length)
+    view.segments[b, at:end] = segment
+    view.prefix[b, at:end] = hidden
+    return end

@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
+from itertools import chain, islice
 from pathlib import Path
 
 from jaxbake.config import GenerateConfig, StimuliConfig
@@ -22,17 +23,26 @@ def load_stimuli(config: StimuliConfig, root: str | Path = ".") -> list[str]:
     Without any source the list is empty (the stimuli are then written by the model itself). Raises JaxbakeError, naming
     the source, where it is missing, empty, or has no such field.
     """
-    found = list(config.items)
+    sources: list[Iterable[str]] = [config.items]
     if config.file is not None:
-        found += _from_file(Path(root) / config.file, config)
+        sources.append(_from_file(Path(root) / config.file, config))
     if config.dataset is not None:
-        found += _from_dataset(config.dataset, Path(root), config)
-    return deduplicate(found)[: config.limit]
+        sources.append(_from_dataset(config.dataset, Path(root), config))
+    return list(islice(_distinct(chain.from_iterable(sources)), config.limit))
+
+
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    seen = set()
+    for text in texts:
+        key = " ".join(text.split()).casefold()
+        if key not in seen:
+            seen.add(key)
+            yield text
 
 
 def deduplicate(texts: Iterable[str]) -> list[str]:
     """The texts without repeats, the first of each kept; case and white space do not make a text another one."""
-    return list({" ".join(text.split()).casefold(): text for text in reversed(list(texts))}.values())[::-1]
+    return list(_distinct(texts))
 
 
 def _pick(row: dict, where: str, config: StimuliConfig) -> str:
@@ -99,7 +109,7 @@ def _from_file(path: Path, config: StimuliConfig) -> list[str]:
     return found
 
 
-def _from_dataset(name: str, root: Path, config: StimuliConfig) -> list[str]:
+def _from_dataset(name: str, root: Path, config: StimuliConfig) -> Iterator[str]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     folder = root / name
@@ -120,12 +130,14 @@ def _from_dataset(name: str, root: Path, config: StimuliConfig) -> list[str]:
     rows = data[config.split]
     if len(rows) == 0:
         raise JaxbakeError(f"{where}: split '{config.split}' is empty")
-    columns = [config.field] if config.field in rows.column_names and config.template is None else rows.column_names
-    found = [_pick(row, f"{where} row {i}", config) for i, row in enumerate(rows.select_columns(columns))]
-    found = [text for text in found if text]
-    if not found:
+    # Columns of no use (images, audio) are not decoded; the whole of a large data set is not read where a limit is set.
+    rows = rows.select_columns([config.field]) if config.template is None and config.field in rows.column_names else rows
+    texts = (_pick(row, f"{where} row {i}", config) for i, row in enumerate(rows))
+    texts = (text for text in texts if text)
+    first = next(texts, None)
+    if first is None:
         raise JaxbakeError(f"{where}: holds no stimuli, all texts are empty")
-    return found
+    return chain([first], texts)
 
 
 def split_held_out(stimuli: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
@@ -209,9 +221,9 @@ def seed_requests(prompt: str, config: GenerateConfig) -> list[tuple[str, list[d
     return requests
 
 
-_LABEL = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:\**(?:user(?:'s)?(?: message)?|message|question|task)\**\s*:\**\s*)?", re.I)
-_PREAMBLE = re.compile(r"^(?:sure|certainly|of course|okay|ok|here(?:'s| is| are))\b[^\n]*[:!]\s*\n+", re.I)
-_REFUSAL = re.compile(r"^(?:i'?m sorry|i am sorry|sorry,|i can(?:no|')t|as an ai)\b", re.I)
+_LABEL = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:\**(?:user(?:['’]s)?(?: message)?|message|question|task)\**\s*:\**\s*)?", re.I)
+_PREAMBLE = re.compile(r"^(?:sure|certainly|of course|okay|ok|here(?:['’]s| is| are))\b[^\n]*[:!]\s*\n+", re.I)
+_REFUSAL = re.compile(r"^(?:i['’]?m sorry|i am sorry|sorry,|i can(?:no|['’])t|as an ai)\b", re.I)
 
 
 def parse_generated(text: str) -> str | None:
@@ -223,7 +235,7 @@ def parse_generated(text: str) -> str | None:
         text = text.rsplit("</think>", 1)[1]
     elif "<think>" in text:
         return None
-    text = _PREAMBLE.sub("", text.strip().replace("’", "'"))
+    text = _PREAMBLE.sub("", text.strip())
     text = _LABEL.sub("", text, count=1).strip()
     for left, right in ('""', "''", "“”", "``", "**"):
         if len(text) > 1 and text[0] == left and text[-1] == right and left not in text[1:-1] and right not in text[1:-1]:
