@@ -8,6 +8,7 @@
 Names are imported when they are first used, so `import jaxbake` is quick and loads no jax.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 import importlib
@@ -15,48 +16,62 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Base": "models.base",
-    "BakeConfig": "config",
-    "BakeResult": "bake.loop",
-    "BakeState": "bake.step",
-    "Card": "bakery.card",
-    "Delta": "deltas.lora",
-    "EvaluationConfig": "config",
-    "GenerateConfig": "config",
-    "JaxbakeError": "errors",
-    "LoraConfig": "config",
-    "LossConfig": "config",
-    "ModelConfig": "models.spec",
-    "OptimizerConfig": "config",
-    "Recipe": "config",
-    "RetentionConfig": "config",
-    "SamplingConfig": "config",
-    "StimuliConfig": "config",
-    "TrainConfig": "config",
-    "check_vllm": "deltas.vllm",
-    "forward": "models.decoder",
-    "fused_kl": "objectives",
-    "init_delta": "deltas.lora",
-    "load": "models.base",
-    "load_delta": "bakery.store",
-    "load_peft": "deltas.peft",
-    "load_recipe": "recipe",
-    "logits": "models.base",
-    "make_bake_step": "bake.step",
-    "make_eval_step": "bake.step",
-    "make_optimizer": "bake.step",
-    "merge": "deltas.merged",
-    "run_recipe": "run",
-    "sample": "sampling",
-    "save_delta": "bakery.store",
-    "save_merged": "deltas.merged",
-    "save_peft": "deltas.peft",
-    "stream": "sampling",
-}
-"""Every public name, and the module it lives in."""
+if TYPE_CHECKING:  # the same names for editors and type checkers
+    from jaxbake.bake.loop import BakeResult, bake
+    from jaxbake.bake.step import BakeState, make_bake_step, make_eval_step, make_optimizer
+    from jaxbake.bakery.card import Card
+    from jaxbake.bakery.store import load_delta, save_delta
+    from jaxbake.config import (
+        BakeConfig,
+        EvaluationConfig,
+        GenerateConfig,
+        LoraConfig,
+        LossConfig,
+        OptimizerConfig,
+        Recipe,
+        RetentionConfig,
+        SamplingConfig,
+        StimuliConfig,
+        TrainConfig,
+    )
+    from jaxbake.deltas.lora import Delta, init_delta
+    from jaxbake.deltas.merged import merge, save_merged
+    from jaxbake.deltas.peft import load_peft, save_peft
+    from jaxbake.deltas.vllm import check_vllm
+    from jaxbake.errors import JaxbakeError
+    from jaxbake.models.base import Base, load, logits
+    from jaxbake.models.decoder import forward
+    from jaxbake.models.spec import ModelConfig
+    from jaxbake.objectives import fused_kl
+    from jaxbake.recipe import load_recipe
+    from jaxbake.run import run_recipe
+    from jaxbake.sampling import sample, stream
 
-__all__ = sorted([*_HOME, "bake"])  # noqa: PLE0605
+_MODULES = {
+    "bake.loop": "BakeResult",
+    "bake.step": "BakeState make_bake_step make_eval_step make_optimizer",
+    "bakery.card": "Card",
+    "bakery.store": "load_delta save_delta",
+    "config": "BakeConfig EvaluationConfig GenerateConfig LoraConfig LossConfig "
+    "OptimizerConfig Recipe RetentionConfig SamplingConfig StimuliConfig TrainConfig",
+    "deltas.lora": "Delta init_delta",
+    "deltas.merged": "merge save_merged",
+    "deltas.peft": "load_peft save_peft",
+    "deltas.vllm": "check_vllm",
+    "errors": "JaxbakeError",
+    "models.base": "Base load logits",
+    "models.decoder": "forward",
+    "models.spec": "ModelConfig",
+    "objectives": "fused_kl",
+    "recipe": "load_recipe",
+    "run": "run_recipe",
+    "sampling": "sample stream",
+}
+"""The public names of each module."""
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted([*_HOME, "bake"])
 
 
 def __getattr__(name: str):
