@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,11 @@ import pytest
 from jaxbake.models.spec import ModelConfig, init_params
 
 ROOT = Path(__file__).parents[1]
+
+# Compiling is most of the suite's time: programs are kept between workers and runs.
+jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"jaxbake-tests-{os.getuid()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
