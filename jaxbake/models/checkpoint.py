@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the safetensors of a folder hold, from their headers alone. JaxbakeError names a missing or corrupt file."""
-    if (folder / INDEX).exists():
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():  # the order in which transformers looks
         where = read_json(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise JaxbakeError(f"{folder / INDEX}: no 'weight_map' from tensor names to files")
@@ -165,8 +165,7 @@ def write_params(
             total = sum(leaf.nbytes for leaf in leaves.values())
             where = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-        elif (folder / INDEX).exists():  # an earlier, sharded model: it would be read instead of this one
-            (folder / INDEX).unlink()
+        (folder / (WEIGHTS if count > 1 else INDEX)).unlink(missing_ok=True)  # of an earlier, differently sharded model
         text = dict(families.text_fields(hf_config))
         text["torch_dtype" if "torch_dtype" in text else "dtype"] = params["embed_tokens"].dtype.name
         _write_json(folder / "config.json", text)

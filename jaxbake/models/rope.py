@@ -12,11 +12,11 @@ from jaxbake.errors import JaxbakeError
 from jaxbake.models.spec import ModelConfig, RopeConfig
 
 
-def frequencies(rope: RopeConfig, head_dim: int, max_positions: int = 0) -> tuple[np.ndarray, float]:
+def frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> tuple[np.ndarray, float]:
     """Inverse frequencies [rotary_dim / 2] in float64 and the factor on cos and sin.
 
-    Sources: llama3 as in Llama 3.1's release; yarn arXiv 2309.00071; longrope arXiv 2402.13753 (the long factors are
-    taken when the model's context is longer than the one it was pretrained at).
+    Sources: llama3 as in Llama 3.1's release; yarn arXiv 2309.00071; longrope arXiv 2402.13753 (`long`: which of its
+    two sets of factors).
     """
     dim = int(head_dim * rope.rotary_fraction)
     inverse = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -47,21 +47,29 @@ def frequencies(rope: RopeConfig, head_dim: int, max_positions: int = 0) -> tupl
         ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
         return inverse * (1 - ramp) + inverse / rope.factor * ramp, attention
     if rope.kind == "longrope":
-        stretch = max_positions / rope.original_max_positions
         attention = rope.attention_factor
         if attention is None:
-            attention = math.sqrt(1 + math.log(stretch) / math.log(rope.original_max_positions)) if stretch > 1 else 1.0
-        factors = np.asarray(rope.long_factor if stretch > 1 else rope.short_factor, np.float64)
-        return inverse / factors, attention
+            growth = math.log(max(rope.factor, 1.0)) / math.log(rope.original_max_positions)
+            attention = math.sqrt(1 + growth)
+        return inverse / np.asarray(rope.long_factor if long else rope.short_factor, np.float64), attention
     raise JaxbakeError(f"rope kind '{rope.kind}' is not supported; known: default, linear, llama3, yarn, longrope")
 
 
 def tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for every rope of the model: two float32 arrays [ropes, B, T, rotary_dim / 2]."""
+    """cos and sin for every rope of the model: two float32 arrays [ropes, B, T, rotary_dim / 2].
+
+    longrope: rows that reach beyond the length the model was pretrained at take the long factors, others the short
+    ones, as transformers does. (So keys cached before a row crosses that length are not those of the whole row.)
+    """
     cos, sin = [], []
     for rope in config.ropes:
-        inverse, factor = frequencies(rope, config.head_dim, config.max_positions)
-        angle = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+        inverse, factor = frequencies(rope, config.head_dim)
+        inverse = jnp.asarray(inverse, jnp.float32)
+        if rope.kind == "longrope":
+            beyond = positions_BT.max(-1)[:, None, None] >= rope.original_max_positions
+            longer, _ = frequencies(rope, config.head_dim, long=True)
+            inverse = jnp.where(beyond, jnp.asarray(longer, jnp.float32), inverse)
+        angle = positions_BT[..., None].astype(jnp.float32) * inverse
         cos.append(jnp.cos(angle) * factor)
         sin.append(jnp.sin(angle) * factor)
     return jnp.stack(cos), jnp.stack(sin)
