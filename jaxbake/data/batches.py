@@ -90,10 +90,9 @@ class _Side:
 class Batches:
     """Batches of `batch_size` examples, every one a pure function of (examples, seed, step).
 
-    An epoch visits every example once. Its order is drawn so that the examples following one another are a fair sample:
-    examples are sorted by kind and length and cut into `batch_size` strata, each of which is spread evenly and in random
-    order over the epoch. So batches hold the kinds in their proportion and nearly the same number of tokens, whatever
-    step one begins at.
+    An epoch visits every example once. Its order is drawn so that successive examples are a fair sample: sorted by kind
+    and length they are cut into `batch_size` strata, each of which is spread evenly and in random order over the epoch.
+    So batches hold the kinds in their proportion and nearly the same number of tokens.
 
     Examples are packed into rows (first fit, longest first), student and teacher alike. Row lengths are chosen once,
     for the fewest computed tokens; a batch that does not fit the usual number of rows takes the next `Shape`.
@@ -137,7 +136,7 @@ class Batches:
         self._matched = np.array([a.size for a in at])
         self._matched_starts = np.cumsum(self._matched) - self._matched
         self._targets = np.concatenate([e.tail[a] for e, a in zip(examples, at, strict=True)]).astype(np.int32)
-        self._weights = np.concatenate([np.full(a.size, e.weight, np.float32) for e, a in zip(examples, at, strict=True)])
+        self._weights = np.repeat(np.float32([e.weight for e in examples]), self._matched)
         self._student_at = np.concatenate([a + e.student_prefix.size - 1 for e, a in zip(examples, at, strict=True)])
         self._teacher_at = np.concatenate(
             [a + e.teacher_prefix.size - h - 1 for e, a, h in zip(examples, at, hidden, strict=True)]
@@ -228,11 +227,12 @@ class Batches:
         total = np.array([side.sum() for side in (self._student.lengths, self._teacher.lengths, self._matched)])
         least = [side.max() for side in (self._student.lengths, self._teacher.lengths, self._matched)]
         limit = max(_bucket(int(max(least[:2]))), max_length)
-        longest = max(limit, 1)
         length, best = _bucket(int(least[0])), None
-        while best is None or max(length, t_teacher) <= limit:
+        while True:
             # Rows are filled alike when their capacities stand in proportion to the tokens; slack packs better.
             t_teacher = max(_bucket(int(least[1])), _bucket(round(total[1] / total[0] * length)))
+            if best is not None and max(length, t_teacher) > limit:
+                return best[1]
             for slack in (1.0, 1.1, 1.25):
                 k = max(_bucket(int(least[2])), _bucket(round(total[2] / total[0] * length * slack)))
                 rows = sorted(len(self._pack(batch, Shape(1, length, t_teacher, k))) for batch in batches)
@@ -243,10 +243,9 @@ class Batches:
                     cost = sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
                     if best is None or cost < best[0]:
                         best = cost, shapes[0]
-            if rows[-1] <= self._multiple or length >= longest:
-                break
+            if rows[-1] <= self._multiple:
+                return best[1]
             length = _bucket(length * 17 // 16 + 1)
-        return best[1]
 
     def _pack(self, chosen: np.ndarray, shape: Shape) -> list[list[int]]:
         """Rows of examples: first fit, longest first, within the three capacities of a row."""
@@ -256,14 +255,12 @@ class Batches:
         share = [max(s / shape.student, t / shape.teacher, k / shape.matched) for s, t, k in sizes]
         for at in sorted(range(len(chosen)), key=lambda at: -share[at]):
             s, t, k = sizes[at]
-            for row, left in zip(rows, room, strict=True):
-                if s <= left[0] and t <= left[1] and k <= left[2]:
-                    break
-            else:
-                row, left = [], [shape.student, shape.teacher, shape.matched]
-                rows.append(row)
-                room.append(left)
-            row.append(int(chosen[at]))
+            fits = (n for n, left in enumerate(room) if s <= left[0] and t <= left[1] and k <= left[2])
+            if (row := next(fits, len(rows))) == len(rows):
+                rows.append([])
+                room.append([shape.student, shape.teacher, shape.matched])
+            rows[row].append(int(chosen[at]))
+            left = room[row]
             left[0] -= s
             left[1] -= t
             left[2] -= k
@@ -292,8 +289,8 @@ class Batches:
 
 
 def _cost(shape: Shape) -> float:
-    """Relative cost of a shape: row tokens, those of the student thrice (forward, backward); the vocabulary projection of
-    the matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
+    """Relative cost of a shape: row tokens, the student's thrice (forward, backward); the vocabulary projection of the
+    matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
     tokens = 3 * shape.student * (1 + shape.student / 4096) + shape.teacher * (1 + shape.teacher / 4096)
     return shape.rows * (tokens + shape.matched / 2)
 

@@ -255,7 +255,7 @@ def end_of_turn(tokenizer) -> int | None:
 
 
 def _turn_end(tokenizer, messages, k, full, start, end_id, tools) -> int:
-    """Where assistant turn k, which starts at `start`, ends in the ids of the whole dialogue: its end-of-turn included."""
+    """Where assistant turn k, which starts at `start`, ends in the ids of the whole dialogue, end-of-turn included."""
     if end_id is not None:
         ends = np.flatnonzero(full[start:] == end_id)
         if ends.size:
@@ -268,7 +268,7 @@ def _turn_end(tokenizer, messages, k, full, start, end_id, tools) -> int:
 
 
 def _check_content(message: dict, k: int, rendered: str, end_text: str | None) -> None:
-    """Refuses an assistant turn whose text is not in the rendered dialogue as written. `rendered` starts at the turn."""
+    """Refuses an assistant turn whose text is not rendered as written. `rendered` is the dialogue from the turn on."""
     content = message.get("content") or ""
     if end_text:
         if end_text in content:
@@ -356,8 +356,8 @@ def example_from_dialogue(
         at = int(np.append(np.flatnonzero(tail[:shared] != other[:shared]), shared)[0])
         seen = [repr(tokenizer.decode(ids[max(at - 4, 0) : at + 4])) for ids in (tail, other)]
         raise JaxbakeError(
-            f"the dialogue's tokens differ between teacher and student from token {at} on: {seen[0]} against {seen[1]}; "
-            "the chat template renders it differently behind these prefixes"
+            f"the dialogue's tokens differ between teacher and student from token {at} on: {seen[0]} against "
+            f"{seen[1]}; the chat template renders it differently behind these prefixes"
         )
     # Nothing after the last matched token is needed to match it.
     keep = int(np.flatnonzero(mask_t[start_t:])[-1]) + 1

@@ -1,4 +1,4 @@
-"""Where user turns come from: written down, files, data sets, or the model itself; and the shipped pins and contexts."""
+"""Where user turns come from: lists, files, data sets, the model itself; and the shipped pins and contexts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def _pick(row: dict, where: str, config: StimuliConfig) -> str:
     if field not in row:
         raise JaxbakeError(f"{where}: there is no field '{field}'; {did_you_mean(field, row)}")
     if not isinstance(row[field], str):
-        raise JaxbakeError(f"{where}: field '{field}' must be text, it is {type(row[field]).__name__}: {row[field]!r:.40}")
+        kind = type(row[field]).__name__
+        raise JaxbakeError(f"{where}: field '{field}' must be text, it is {kind}: {row[field]!r:.40}")
     return row[field].strip()
 
 
@@ -92,7 +93,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict]]:
         except ValueError as error:
             raise JaxbakeError(f"{where}: is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise JaxbakeError(f"{where}: must be a JSON object such as {{\"question\": \"...\"}}, is {line.strip()[:40]}")
+            raise JaxbakeError(f'{where}: must be a JSON object such as {{"question": "..."}}, is {line.strip()[:40]}')
         yield where, row
 
 
@@ -124,14 +125,15 @@ def _from_dataset(name: str, root: Path, config: StimuliConfig) -> Iterator[str]
         else:
             data = load_dataset(str(folder) if folder.is_dir() else name)
     except Exception as error:  # `datasets` raises many kinds, for missing, unreachable and malformed data
-        raise JaxbakeError(f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise JaxbakeError(f"{where}: cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
     if config.split not in data:
         raise JaxbakeError(f"{where}: has no split '{config.split}'; {did_you_mean(config.split, data)}")
     rows = data[config.split]
     if len(rows) == 0:
         raise JaxbakeError(f"{where}: split '{config.split}' is empty")
-    # Columns of no use (images, audio) are not decoded; the whole of a large data set is not read where a limit is set.
-    rows = rows.select_columns([config.field]) if config.template is None and config.field in rows.column_names else rows
+    # Columns of no use (images, audio) are not decoded, and rows are read only as far as a limit needs them.
+    if config.template is None and config.field in rows.column_names:
+        rows = rows.select_columns([config.field])
     texts = (_pick(row, f"{where} row {i}", config) for i, row in enumerate(rows))
     texts = (text for text in texts if text)
     first = next(texts, None)
@@ -166,8 +168,8 @@ _STYLES = {
     "instructions shape the result.",
     "chat": "opens or carries on a casual conversation, as people do, and leaves room for these instructions to show.",
     "summary": "asks for a summary, an overview or an explanation of something that these instructions bear on.",
-    "application": "describes a concrete situation or case of the user's own, in which the assistant has to apply these "
-    "instructions.",
+    "application": "describes a concrete situation or case of the user's own, to which the assistant has to apply "
+    "these instructions.",
 }
 _VOICES = (
     "in one short sentence",
@@ -210,18 +212,21 @@ def seed_requests(prompt: str, config: GenerateConfig) -> list[tuple[str, list[d
     for i in range(config.count):
         visit, s = divmod(i, len(config.styles))
         style = config.styles[s]
-        focus = f"Turn on this part of them: \"{passages[visit % len(passages)]}\"\n\n" if len(passages) > 1 else ""
+        visited, at = divmod(visit, len(passages))
+        voice = visited + at  # so that a passage is met in every voice before anything repeats
+        focus = f'Turn to this part of them: "{passages[at]}"\n\n' if len(passages) > 1 else ""
         text = (
-            f"An assistant has been given these instructions:\n\n<instructions>\n{prompt.strip()}\n</instructions>\n\n{focus}"
-            f"Write one message that a user could send to this assistant. The user does not see the instructions. "
-            f"The message {_STYLES[style]} Write it {_VOICES[(visit + s) % len(_VOICES)]}. "
+            f"An assistant has been given these instructions:\n\n<instructions>\n{prompt.strip()}\n</instructions>\n\n"
+            f"{focus}Write one message that a user could send to this assistant. The user does not see the "
+            f"instructions. The message {_STYLES[style]} Write it {_VOICES[(voice + s) % len(_VOICES)]}. "
             "Answer with the user's message alone, without quotes and without a heading."
         )
         requests.append((style, [{"role": "user", "content": text}]))
     return requests
 
 
-_LABEL = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:\**(?:user(?:['’]s)?(?: message)?|message|question|task)\**\s*:\**\s*)?", re.I)
+_BULLET = r"(?:[-*•]\s+|\d{1,2}[.)]\s+)?"
+_LABEL = re.compile(rf"{_BULLET}(?:\**(?:user(?:['’]s)?(?: message)?|message|question|task)\**\s*:\**\s*)?", re.I)
 _PREAMBLE = re.compile(r"^(?:sure|certainly|of course|okay|ok|here(?:['’]s| is| are))\b[^\n]*[:!]\s*\n+", re.I)
 _REFUSAL = re.compile(r"^(?:i['’]?m sorry|i am sorry|sorry,|i can(?:no|['’])t|as an ai)\b", re.I)
 
@@ -236,10 +241,11 @@ def parse_generated(text: str) -> str | None:
     elif "<think>" in text:
         return None
     text = _PREAMBLE.sub("", text.strip())
-    text = _LABEL.sub("", text, count=1).strip()
+    text = text[_LABEL.match(text).end() :].strip()
     for left, right in ('""', "''", "“”", "``", "**"):
-        if len(text) > 1 and text[0] == left and text[-1] == right and left not in text[1:-1] and right not in text[1:-1]:
-            text = text[1:-1].strip()
+        inner = text[1:-1]
+        if len(text) > 1 and text[0] == left and text[-1] == right and left not in inner and right not in inner:
+            text = inner.strip()
     if len(text) < 2 or not any(c.isalpha() for c in text) or _REFUSAL.match(text):
         return None
     return text
@@ -255,7 +261,7 @@ def load_pins(path: str | Path | None = None) -> list[str]:
 
 
 def load_contexts(path: str | Path | None = None) -> list[tuple[str, list[str]]]:
-    """Other prompts and user turns they bear on, from jsonl of {"prompt", "stimuli"}; the shipped ones without a path."""
+    """Other prompts, with user turns they bear on: jsonl of {"prompt", "stimuli"}; without a path the shipped ones."""
     path = Path(path) if path is not None else _default("contexts.jsonl")
     contexts = []
     for where, row in _objects(path):

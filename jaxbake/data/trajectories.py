@@ -110,7 +110,7 @@ def plan_requests(
     count = round(rows * retention.pins)
     free = _shuffled([pin for pin in pins if pin.strip() not in own], seed, "pins")
     if count and not free:
-        raise JaxbakeError("retention.pins: no user turns to pin, or only ones that are stimuli; set pins to 0 or give some")
+        raise JaxbakeError("retention.pins: no user turns to pin beside the stimuli; set pins to 0 or give some")
     for i in range(count):
         add("pin", free[i % len(free)], turn=i)
 
@@ -179,9 +179,9 @@ def _card() -> str:
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.jsonl\n"
         f"dataset_info:\n  features:\n{features}---\n\n"
         "# Trajectories of a bake\n\n"
-        "Responses of the prompted model, which the bake is trained and judged on, a JSON object a line. What they depend "
-        "on stands in\n`manifest.json`; the parts are checked against their names, so a changed one is refused.\n\n"
-        "    datasets.load_dataset(FOLDER)[\"train\"]\n\n"
+        "Responses of the prompted model, which the bake is trained and judged on, a JSON object a line. What they\n"
+        "depend on stands in `manifest.json`. Parts are checked against their names; a changed one is refused.\n\n"
+        '    datasets.load_dataset(FOLDER)["train"]\n\n'
         f"| column | |\n|---|---|\n{table}"
     )  # fmt: skip
 
@@ -192,8 +192,8 @@ _PART = re.compile(r"part-(\d{5})-([0-9a-f]{12})\.jsonl")
 class TrajectoryStore:
     """A folder of trajectories that a person and `datasets.load_dataset` can read.
 
-    README.md (data set card), manifest.json (the fingerprint), data/part-NNNNN-HASH.jsonl. A part is written whole or not
-    at all and its name holds the hash of fingerprint and content, so truncated, changed and foreign parts are found.
+    README.md (data set card), manifest.json (the fingerprint), data/part-NNNNN-HASH.jsonl. A part is written whole or
+    not at all and its name holds the hash of fingerprint and content, so truncated or foreign parts are found.
     Open with `TrajectoryStore.open`; one process writes.
     """
 
@@ -218,7 +218,8 @@ class TrajectoryStore:
             if folder.is_dir() and any((folder / "data").glob("*")):
                 raise JaxbakeError(f"{folder}: holds data but no manifest.json; give another output folder")
             write_whole(folder / "README.md", _card())
-            write_whole(path, json.dumps({"version": 1, "fingerprint": fingerprint}, indent=2, ensure_ascii=False) + "\n")
+            manifest = {"version": 1, "fingerprint": fingerprint}
+            write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         found = read_json(path).get("fingerprint")
         if not isinstance(found, dict):
             raise JaxbakeError(f"{path}: is damaged, it holds no fingerprint")
