@@ -68,6 +68,18 @@ def _fill(values: Sequence, size: int, dtype) -> np.ndarray:
     return np.asarray(list(values) + [0] * (size - len(values)), dtype)
 
 
+def check_room(prompts: Sequence, visible: Sequence[int], max_tokens: int, config: ModelConfig) -> None:
+    """Raises JaxbakeError for a prompt that with its visible prefix and max_tokens exceeds the model's context."""
+    if max_tokens < 1:
+        raise JaxbakeError(f"max_tokens: {max_tokens} must be at least 1")
+    for i, (prompt, seen) in enumerate(zip(prompts, visible, strict=True)):
+        if seen + len(prompt) + max_tokens > config.max_positions:
+            raise JaxbakeError(
+                f"prompt {i}: {seen + len(prompt)} tokens and max_tokens {max_tokens} exceed the model's context of "
+                f"{config.max_positions}; shorten one of them"
+            )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One batch being sampled: the arguments that prefill and decode have in common."""
@@ -115,8 +127,6 @@ def prepare(
     visible = _per_row(prefix_visible, n, "prefix_visible")
     temperatures = _per_row(temperature, n, "temperature")
     seeds = _per_row(list(range(n)) if seeds is None else seeds, n, "seeds")
-    if max_tokens < 1:
-        raise JaxbakeError(f"max_tokens: {max_tokens} must be at least 1")
     if any(not t >= 0 for t in temperatures):
         raise JaxbakeError(f"temperature: {min(temperatures)} must be 0 (greedy) or above")
     length = 0 if prefix is None else prefix.length
@@ -125,11 +135,7 @@ def prepare(
             raise JaxbakeError(f"prompt {i}: empty; it needs at least one token after the shared prefix")
         if not 0 <= seen <= length:
             raise JaxbakeError(f"prefix_visible: {seen} for prompt {i}; the shared prefix has {length} tokens")
-        if seen + len(prompt) + max_tokens > config.max_positions:
-            raise JaxbakeError(
-                f"prompt {i}: {seen + len(prompt)} tokens and max_tokens {max_tokens} exceed the model's context of "
-                f"{config.max_positions}; shorten one of them"
-            )
+    check_room(prompts, visible, max_tokens, config)
     b, t = bucket(n, 1), bucket(max(len(prompt) for prompt in prompts))
     tokens, keys = np.zeros((b, t), np.int32), np.zeros((b, 2), np.uint32)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
