@@ -90,9 +90,9 @@ class _Side:
 class Batches:
     """Batches of `batch_size` examples, every one a pure function of (examples, seed, step).
 
-    An epoch visits every example once. Its order is drawn so that successive examples are a fair sample: sorted by kind
-    and length they are cut into `batch_size` strata, each of which is spread evenly and in random order over the epoch.
-    So batches hold the kinds in their proportion and nearly the same number of tokens.
+    An epoch visits every example once, in random order but so that each batch is a fair sample: sorted by kind and
+    length the examples are cut into `batch_size` strata, and a batch has one of each. So batches hold the kinds in
+    their proportion and nearly the same number of tokens.
 
     Examples are packed into rows (first fit, longest first), student and teacher alike. Row lengths are chosen once,
     for the fewest computed tokens; a batch that does not fit the usual number of rows takes the next `Shape`.
@@ -164,16 +164,18 @@ class Batches:
         if epoch not in self._epochs:
             if len(self._epochs) > 4:
                 self._epochs.clear()
-            n = len(self.examples)
+            n, size = len(self.examples), self.batch_size
             random = np.random.default_rng([self.seed, epoch])
             shuffled = random.permutation(n)
-            keys = (self._student.lengths[shuffled], self._kind[shuffled])
-            ranked = shuffled[np.lexsort(keys)]
-            # A stratum of m examples has its turn m times an epoch, each stratum at its own moment within the round.
-            time, strata = np.empty(n), min(self.batch_size, n)
-            for stratum, moment in zip(np.array_split(np.arange(n), strata), random.permutation(strata), strict=True):
-                time[stratum] = (random.permutation(stratum.size) + moment / strata) / stratum.size
-            self._epochs[epoch] = ranked[np.argsort(time, kind="stable")]
+            ranked = shuffled[np.lexsort((self._student.lengths[shuffled], self._kind[shuffled]))]
+            # The epoch begins in the middle of a batch, and ends so.
+            head = min(-epoch * n % size, n)
+            tail = (n - head) % size
+            first, ranked = _systematic(random, ranked, head)
+            last, ranked = _systematic(random, ranked, tail)
+            strata = random.permuted(ranked.reshape(size, -1), axis=1)
+            whole = random.permuted(strata.T, axis=1).ravel()
+            self._epochs[epoch] = np.concatenate([random.permutation(first), whole, random.permutation(last)])
         return self._epochs[epoch]
 
     def chosen(self, step: int) -> np.ndarray:
@@ -210,12 +212,10 @@ class Batches:
         return -(-rows // self._multiple) * self._multiple
 
     def _with_overflow(self, shape: Shape) -> tuple[Shape, ...]:
-        """A shape and those with an eighth more rows each, up to where every example has a row of its own."""
-        shapes, most = [shape], self._round(self.batch_size)
-        while shapes[-1].rows < most:
-            rows = self._round(shapes[-1].rows + -(-shapes[-1].rows // 8))
-            shapes.append(replace(shape, rows=min(rows, most)))
-        return tuple(shapes)
+        """A shape, and at most three with more rows; in the largest every example could have a row of its own."""
+        most = self._round(self.batch_size)
+        more = {min(self._round(-(-shape.rows * eighths // 8)), most) for eighths in (9, 12)} | {most}
+        return (shape, *(replace(shape, rows=rows) for rows in sorted(more) if rows > shape.rows))
 
     @staticmethod
     def _fit(shapes: tuple[Shape, ...], rows: int) -> Shape:
@@ -233,8 +233,8 @@ class Batches:
             t_teacher = max(_bucket(int(least[1])), _bucket(round(total[1] / total[0] * length)))
             if best is not None and max(length, t_teacher) > limit:
                 return best[1]
-            for slack in (1.0, 1.1, 1.25):
-                k = max(_bucket(int(least[2])), _bucket(round(total[2] / total[0] * length * slack)))
+            wanted = [round(total[2] / total[0] * length * slack) for slack in (1.0, 1.1, 1.25)]
+            for k in sorted({_bucket(max(int(least[2]), k)) for k in wanted}):
                 rows = sorted(len(self._pack(batch, Shape(1, length, t_teacher, k))) for batch in batches)
                 for usual in sorted(set(rows[len(rows) // 2 :])):
                     shapes = self._with_overflow(Shape(self._round(usual), length, t_teacher, k))
@@ -293,6 +293,12 @@ def _cost(shape: Shape) -> float:
     matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
     tokens = 3 * shape.student * (1 + shape.student / 4096) + shape.teacher * (1 + shape.teacher / 4096)
     return shape.rows * (tokens + shape.matched / 2)
+
+
+def _systematic(random: np.random.Generator, items: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample of sorted items, evenly spaced from a random start, and the rest."""
+    at = ((np.arange(count) + random.random()) * (items.size / max(count, 1))).astype(int)
+    return items[at], np.delete(items, at)
 
 
 def _side(sequences: list[np.ndarray], hidden: list[int]) -> _Side:
