@@ -35,6 +35,7 @@ class Batch:
     """Rows of packed examples, the same examples in the same row and order on both sides.
 
     targets: int32 [B, K], the matched token; weights: float32 [B, K], 0 for padding.
+    source: int32 [B, K], which of all examples' matched tokens (counted in order) it is, -1 for padding.
     Student and teacher rows may differ in length T.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     teacher: View
     targets: np.ndarray
     weights: np.ndarray
+    source: np.ndarray
 
 
 @dataclass(frozen=True, order=True)
@@ -273,6 +275,7 @@ class Batches:
         teacher = _empty_view(shape.rows, shape.teacher, shape.matched)
         targets = np.zeros((shape.rows, shape.matched), np.int32)
         weights = np.zeros((shape.rows, shape.matched), np.float32)
+        source = np.full((shape.rows, shape.matched), -1, np.int32)
         for b, row in enumerate(rows):
             s = t = k = 0
             for segment, i in enumerate(row, 1):
@@ -280,12 +283,13 @@ class Batches:
                 out = slice(k, k + self._matched[i])
                 targets[b, out] = self._targets[matched]
                 weights[b, out] = self._weights[matched]
+                source[b, out] = np.arange(matched.start, matched.stop)
                 student.index[b, out] = self._student_at[matched] + s
                 teacher.index[b, out] = self._teacher_at[matched] + t
                 s = _place(student, self._student, i, b, s, segment)
                 t = _place(teacher, self._teacher, i, b, t, segment)
                 k = out.stop
-        return Batch(student, teacher, targets, weights)
+        return Batch(student, teacher, targets, weights, source)
 
 
 def _cost(shape: Shape) -> float:

@@ -1,0 +1,231 @@
+"""The bake: from a prompt and stimuli to a delta, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxbake.bake import folder as layout
+from jaxbake.bake.folder import claim, read_metrics
+from jaxbake.bake.progress import Progress, silent
+from jaxbake.bake.rollout import collect, write_stimuli
+from jaxbake.bake.train import train
+from jaxbake.bakery.card import Card, make_card, sha256
+from jaxbake.bakery.store import load_delta, save_delta
+from jaxbake.config import BakeConfig, StimuliConfig
+from jaxbake.data.chat import Example, example_from_response, prefix_ids, template_hash
+from jaxbake.data.stimuli import deduplicate, load_contexts, load_pins, load_stimuli, split_held_out
+from jaxbake.data.trajectories import TrajectoryStore, fingerprint, plan_requests
+from jaxbake.deltas.lora import Delta, target_slots
+from jaxbake.errors import JaxbakeError
+from jaxbake.files import read_json, write_whole
+from jaxbake.models.base import Base
+
+Contexts = Sequence[tuple[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """What a bake gives.
+
+    metrics: a dictionary per step, as in `metrics.jsonl`: "step" (updates so far), "loss", "grad_norm", "update_norm",
+      "learning_rate", "tokens", and where it was evaluated "held_out_kl" (nats per token, to the prompted model) and
+      "held_out_agreement" (share of tokens with the same most likely token). Step 0 is the base.
+    kl_before, kl_after: held-out KL of the base and of this delta.
+    output: the folder, or None. reused: the folder already held this bake, finished.
+    """
+
+    delta: Delta
+    card: Card
+    metrics: list[dict[str, float]]
+    kl_before: float
+    kl_after: float
+    output: Path | None = None
+    reused: bool = False
+
+
+def bake(
+    base: Base,
+    prompt: str | None = None,
+    stimuli: Sequence[str] | StimuliConfig | None = None,
+    config: BakeConfig = BakeConfig(),  # noqa: B008 (frozen)
+    output: str | Path | None = None,
+    *,
+    pins: Sequence[str] | None = None,
+    contexts: Contexts | None = None,
+    progress: Progress | None = None,
+    name: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    root: str | Path = ".",
+) -> BakeResult:
+    """Bakes a prompt into a low-rank delta: the base with it, unprompted, answers as the base does behind the prompt.
+
+    Samples responses of the prompted base to the stimuli, then minimises the divergence between its next-token
+    distributions and those of the unprompted base with the delta (Prompt Baking, arXiv 2409.13697).
+
+    Args:
+      base: what `jaxbake.load` gives; it is not changed.
+      prompt: the text to bake, a system prompt where the model has a chat template.
+      stimuli: user turns to answer, or a `StimuliConfig` saying where they are; with its `generate`, the model writes
+        (more of) them.
+      config: settings of delta, sampling, retention rows, loss, optimizer and loop.
+      output: folder for trajectories, checkpoints, metrics and the delta. The same call with the same folder continues
+        a bake that was interrupted, bitwise, and returns one that was finished. None writes nothing.
+      pins: user turns on which nothing may change; by default `config.retention.pin_stimuli`, or the shipped ones.
+      contexts: other prompts with their user turns, whose reading is to be kept; by default
+        `config.retention.contexts_file`, or those of the shipped ones that fit the model's context.
+      progress: called as work advances.
+      name: of the delta, on its card; by default that of the folder.
+      recipe: what the card keeps as settings instead of `config`.
+      root: what paths in `stimuli` and `config` are relative to.
+
+    With `train.patience` the result is the delta of the lowest held-out KL, otherwise the last one.
+
+    Raises:
+      JaxbakeError: an empty prompt or no stimuli, a prompt or stimulus too long for the model's context, settings the
+        model cannot take, an output folder that holds another bake or cannot be written, a damaged checkpoint.
+      TrainingDiverged: a loss that is not finite; the last good state is kept.
+    """
+    progress, root = progress or silent, Path(root)
+    prompt = _check(base, prompt, config)
+    given, generate = _given(stimuli, root)
+    if pins is None:
+        pins = load_pins(_under(root, config.retention.pin_stimuli)) if config.retention.pins else []
+    if contexts is None:
+        contexts = _contexts(base, prompt, config, root) if config.retention.contexts else []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if output is None else output)
+        identity = {
+            "prompt": sha256(prompt),
+            "base": base.digest,
+            "template": template_hash(base.tokenizer),
+            "stimuli": sha256(json.dumps(given)),
+            "generate": asdict(generate) if generate else None,
+            "pins": sha256(json.dumps(list(pins))),
+            "contexts": sha256(json.dumps([[text, list(turns)] for text, turns in contexts])),
+            "config": _decisive(config),
+        }
+        claim(folder, identity)
+        if (folder / layout.DELTA).is_dir():
+            return _finished(folder, base)
+        if generate:
+            given = _written(base, prompt, given, generate, folder, config.seed, progress)
+        examples = _examples(base, prompt, given, config, pins, contexts, folder, progress)
+        trained = train(base, config, *examples, output and folder, progress)
+        kl = [row["held_out_kl"] for row in trained.metrics if row["step"] in (0, trained.step)]
+        card = make_card(
+            base, trained.delta, name=name or (Path(output).resolve().name if output else "bake"), prompt=prompt,
+            config=recipe or config, seeds={"bake": config.seed},
+            metrics={"held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step},
+        )  # fmt: skip
+        if output:
+            save_delta(trained.delta, card, folder / layout.DELTA)
+        return BakeResult(trained.delta, card, trained.metrics, kl[0], kl[-1], output and Path(output))
+
+
+def _finished(folder: Path, base: Base) -> BakeResult:
+    """The bake that a folder already holds."""
+    delta, card = load_delta(folder / layout.DELTA, base)
+    kl = [card.metrics["held_out_kl_before"], card.metrics["held_out_kl"]]
+    return BakeResult(delta, card, read_metrics(folder / layout.METRICS), *kl, folder, reused=True)
+
+
+def _check(base: Base, prompt: str | None, config: BakeConfig) -> str:
+    """The prompt, once prompt, model and settings are known to fit each other."""
+    if base.tokenizer is None:
+        raise JaxbakeError(f"{base.name}: has no tokenizer, so no prompt can be baked into it")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise JaxbakeError("prompt: is missing or empty; give the text to bake")
+    length = len(prefix_ids(base.tokenizer, prompt, ""))
+    if length >= base.config.max_positions:
+        raise JaxbakeError(
+            f"prompt: {length} tokens are longer than the model's context of {base.config.max_positions}; shorten it"
+        )
+    target_slots(base.config, config.lora)
+    return prompt
+
+
+def _given(stimuli: Any, root: Path) -> tuple[list[str], Any]:
+    """Stimuli there already are, and how many the model is to write (a GenerateConfig) or None."""
+    if stimuli is None or isinstance(stimuli, str):
+        raise JaxbakeError("stimuli: give a list of user turns, or a StimuliConfig that says where they come from")
+    if isinstance(stimuli, StimuliConfig):
+        given = load_stimuli(stimuli, root)
+        generate = stimuli.generate if stimuli.generate.count else None
+    else:
+        given, generate = list(stimuli), None
+        if not all(isinstance(text, str) for text in given):
+            raise JaxbakeError("stimuli: each must be a text, a user turn")
+        given = deduplicate(given)
+    if not given and not generate:
+        raise JaxbakeError("stimuli: there are none; give items, a file, a dataset, or generate.count")
+    return given, generate
+
+
+def _under(root: Path, path: str | None) -> Path | None:
+    return None if path is None else root / path
+
+
+def _contexts(base: Base, prompt: str, config: BakeConfig, root: Path) -> Contexts:
+    """Those of the recipe's file; else the shipped ones that leave room for a response in the model's context."""
+    contexts = load_contexts(_under(root, config.retention.contexts_file))
+    if config.retention.contexts_file is not None:
+        return contexts
+    room = base.config.max_positions - config.sampling.max_tokens - len(prefix_ids(base.tokenizer, prompt, ""))
+    longest = {text: max(turns, key=len) for text, turns in contexts}
+    return [(text, turns) for text, turns in contexts if len(prefix_ids(base.tokenizer, text, longest[text])) < room]
+
+
+def _decisive(config: BakeConfig) -> dict[str, Any]:
+    """The settings that the delta depends on."""
+    settings = asdict(config)
+    for name in ("checkpoint_every", "tensorboard"):
+        del settings["train"][name]
+    for name in ("pin_stimuli", "contexts_file"):  # what they hold counts, not where
+        del settings["retention"][name]
+    return settings
+
+
+def _written(base, prompt, given, generate, folder: Path, seed: int, progress: Progress) -> list[str]:
+    """The stimuli given and those the model writes, which are kept in the folder."""
+    path = folder / layout.STIMULI
+    if not path.exists():
+        written = write_stimuli(base, prompt, generate, seed=seed, progress=progress)
+        write_whole(path, json.dumps({"written": written}, indent=2, ensure_ascii=False) + "\n")
+    return deduplicate([*given, *read_json(path)["written"]])
+
+
+def _examples(
+    base: Base,
+    prompt: str,
+    stimuli: list[str],
+    config: BakeConfig,
+    pins: Sequence[str],
+    contexts: Contexts,
+    folder: Path,
+    progress: Progress,
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, from responses that are sampled now or already there."""
+    train_stimuli, held_out = split_held_out(stimuli, config.train.held_out, config.seed)
+    requests = plan_requests(
+        train_stimuli, held_out, config.sampling, config.retention, pins, contexts, seed=config.seed
+    )
+    key = fingerprint(
+        prompt=prompt, base_digest=base.digest, template_hash=template_hash(base.tokenizer), sampling=config.sampling,
+        requests=requests, seed=config.seed,
+    )  # fmt: skip
+    store = TrajectoryStore.open(folder / layout.TRAJECTORIES, key)
+    collect(base, prompt, requests, store, config.sampling, progress)
+    examples: dict[str, list[Example]] = {"train": [], "held_out": []}
+    for row in store.load():
+        examples[row.split].append(
+            example_from_response(
+                base.tokenizer, kind=row.kind, prompt=prompt, context=row.context, messages=row.stimulus,
+                response_ids=row.response_ids,
+            )  # fmt: skip
+        )
+    return examples["train"], examples["held_out"]

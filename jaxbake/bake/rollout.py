@@ -1,0 +1,144 @@
+"""Responses of the prompted model, drawn in fixed batches and kept as they come; and stimuli it writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxbake.bake.progress import Progress, silent
+from jaxbake.config import GenerateConfig, SamplingConfig
+from jaxbake.data.chat import prefix_ids, system_prompts
+from jaxbake.data.stimuli import deduplicate, parse_generated, seed_requests
+from jaxbake.data.trajectories import Request, Trajectory, TrajectoryStore
+from jaxbake.errors import JaxbakeError
+from jaxbake.models.base import Base
+from jaxbake.sampling import Generation, generate, sample_ids, shared_prefix
+from jaxbake.sampling.text import SHARE_FROM, common_prefix, response_text
+
+
+def collect(
+    base: Base,
+    prompt: str | None,
+    requests: Sequence[Request],
+    store: TrajectoryStore,
+    sampling: SamplingConfig,
+    progress: Progress = silent,
+) -> None:
+    """Fills the store with a response to every request that has none yet.
+
+    Each is drawn by the base as the teacher sees it: "bake" rows behind the prompt, "context" rows behind the prompt
+    and the other one, "pin" rows behind nothing. What the prompted rows begin with is computed once. A batch is a fixed
+    group of requests, those of like length together; it is written whole when it is done, so a collection that was
+    killed and run again ends with the same responses.
+
+    Raises JaxbakeError where a request and its response cannot fit the model's context.
+    """
+    if not requests:
+        return
+    prompts = [_view(base, prompt, request) for request in requests]
+    check_room(base, prompts, requests, sampling.max_tokens)
+    common = _shared_tokens(prompts, requests)
+    seen = [min(_match(ids, common), ids.size - 1) for ids in prompts]  # a token stays, to predict the first one
+    rows = [ids[n:] for ids, n in zip(prompts, seen, strict=True)]
+    groups, done = _groups(rows, sampling.batch_size), store.done()
+    pending = [group for group in groups if not all(requests[i].index in done for i in group)]
+    finished = len(requests) - sum(map(len, pending))
+    progress("sample", finished, len(requests), {})
+    if not pending:
+        return
+    prefix = shared_prefix(base.params, None, common, config=base.config) if common.size else None
+    for group in pending:
+        # A last group that is not full is filled up with its own last row: one more shape would cost more to compile.
+        filled = group + group[-1:] * (len(groups[0]) - len(group))
+        generations = generate(
+            base.params, None, [rows[i] for i in filled],
+            config=base.config, prefix=prefix, prefix_visible=[seen[i] for i in filled],
+            max_tokens=sampling.max_tokens, temperature=[requests[i].temperature for i in filled],
+            top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, stop_ids=base.eos_ids,
+            seeds=[requests[i].seed for i in filled],
+        )  # fmt: skip
+        drawn = zip(group, generations[: len(group)], strict=True)
+        store.write_part([_trajectory(base, requests[i], generation, sampling.stop) for i, generation in drawn])
+        finished += len(group)
+        progress("sample", finished, len(requests), {})
+
+
+def write_stimuli(
+    base: Base, prompt: str, config: GenerateConfig, *, seed: int, progress: Progress = silent, batch_size: int = 32
+) -> list[str]:
+    """At most `config.count` distinct stimuli that the model itself writes for the prompt; repeatable.
+
+    Raises JaxbakeError where nothing usable comes.
+    """
+    asked = seed_requests(prompt, config)
+    prompts = [prefix_ids(base.tokenizer, None, messages) for _, messages in asked]
+    progress("write stimuli", 0, len(asked), {})
+    generations = sample_ids(
+        base, prompts, seed=seed, max_tokens=config.max_tokens, temperature=config.temperature, batch_size=batch_size
+    )
+    texts = [parse_generated(response_text(base.tokenizer, g)) for g in generations if g.finished]
+    stimuli = deduplicate(text for text in texts if text is not None)
+    progress("write stimuli", len(asked), len(asked), {"kept": len(stimuli)})
+    if not stimuli:
+        raise JaxbakeError(
+            f"stimuli.generate: the model wrote nothing usable in {len(asked)} attempts; "
+            "give stimuli as items or a file, or raise stimuli.generate.max_tokens"
+        )
+    return stimuli
+
+
+def check_room(base: Base, prompts: Sequence[np.ndarray], requests: Sequence[Request], max_tokens: int) -> None:
+    """Raises JaxbakeError where a prompt, its stimulus and the response are longer than the model's context."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) + max_tokens > base.config.max_positions:
+        raise JaxbakeError(
+            f"stimulus {requests[longest].stimulus[:40]!r} behind its prompt is {len(prompts[longest])} tokens; with "
+            f"sampling.max_tokens {max_tokens} that exceeds the model's context of {base.config.max_positions}; "
+            "shorten the prompt or the stimulus, or lower max_tokens"
+        )
+
+
+def _view(base: Base, prompt: str | None, request: Request) -> np.ndarray:
+    teacher, _ = system_prompts(request.kind, prompt, request.context)
+    return prefix_ids(base.tokenizer, teacher, request.stimulus)
+
+
+def _groups(rows: Sequence[np.ndarray], size: int) -> list[list[int]]:
+    """All rows in groups of `size`, shortest first, ties in order: the same whatever has been drawn already."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].size, i))
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def _shared_tokens(prompts: Sequence[np.ndarray], requests: Sequence[Request]) -> np.ndarray:
+    """What all "bake" rows begin with, where that is long enough to be worth a prefix of its own."""
+    prompted = [p for p, request in zip(prompts, requests, strict=True) if request.kind == "bake"]
+    length = common_prefix(prompted)
+    return prompted[0][:length] if length >= SHARE_FROM else np.zeros(0, np.int32)
+
+
+def _match(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(a.size, b.size)
+    return int(np.argmin(np.append(a[:n] == b[:n], False)))
+
+
+def _trajectory(base: Base, request: Request, generation: Generation, stops: Sequence[str]) -> Trajectory:
+    generation = _cut_at(base, generation, stops)
+    return Trajectory(
+        **vars(request),
+        response=response_text(base.tokenizer, generation),
+        response_ids=tuple(int(i) for i in generation.tokens),
+        logprob=float(np.sum(generation.logprobs, dtype=np.float64)),
+        finished=generation.finished,
+    )
+
+
+def _cut_at(base: Base, generation: Generation, stops: Sequence[str]) -> Generation:
+    """The response up to the token that completes a stop text (that token stays: it is learned as the end)."""
+    if not stops:
+        return generation
+    tokens = generation.tokens.tolist()
+    for length in range(1, len(tokens)):
+        if any(stop in base.tokenizer.decode(tokens[:length]) for stop in stops):
+            return Generation(generation.tokens[:length], generation.logprobs[:length], False)
+    return generation

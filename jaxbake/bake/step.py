@@ -1,0 +1,199 @@
+"""One jitted bake step: teacher pass, student pass, fused divergence, delta update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbake.bake.teacher import Targets, Teacher, hidden_at, prompted_self
+from jaxbake.config import BakeConfig, OptimizerConfig
+from jaxbake.data.batches import Batch
+from jaxbake.deltas.lora import Delta, init_delta
+from jaxbake.models.decoder import Prefix, unembedding
+from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import fused_kl, fused_metrics
+
+
+@flax.struct.dataclass
+class BakeState:
+    """What a step reads and replaces; the base is not in it.
+
+    step: int32, updates applied so far. delta: the factors being trained. opt_state: of the factors only.
+    key: for whatever draws random numbers. good: False once a loss or gradient was not finite; from then on the
+    state stays as it was before that step.
+    """
+
+    step: jax.Array
+    delta: Delta
+    opt_state: Any
+    key: jax.Array
+    good: jax.Array
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate of update 0, 1, ... `steps` - 1: linear warm-up, then decay that would reach 0 at `steps`."""
+    peak, warmup = config.learning_rate, round(config.warmup * steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.decay]
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then Adam (decoupled weight decay where asked for) at the scheduled rate."""
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
+
+
+def init_state(key: jax.Array, model_config: ModelConfig, bake_config: BakeConfig) -> BakeState:
+    """A state whose delta changes nothing yet. Raises JaxbakeError for a rank or target the model cannot take."""
+    return _init_state(key, model_config, bake_config)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _init_state(key, model_config, bake_config):  # compiled in one piece: op by op takes seconds
+    key, init_key = jax.random.split(key)
+    delta = init_delta(init_key, model_config, bake_config.lora)
+    optimizer = make_optimizer(bake_config.optimizer, bake_config.train.steps)
+    return BakeState(jnp.int32(0), delta, optimizer.init(delta.factors), key, jnp.bool_(True))
+
+
+def _divergence(student_BKD, params, targets: Targets | None, batch: Batch, config: ModelConfig, loss):
+    """(sum, count) over the matched tokens; cross-entropy has no teacher."""
+    if targets is None:
+        targets = Targets(None, None, None)
+    return fused_kl(
+        student_BKD, unembedding(params), targets.hidden, targets.unembed, batch.weights, targets_N=batch.targets,
+        divergence=loss.divergence, temperature=loss.temperature, softcap=config.logit_softcap,
+        teacher_softcap=targets.softcap, beta=loss.beta, chunk_size=loss.chunk_size,
+    )  # fmt: skip
+
+
+def _split(tree: Any, parts: int) -> Any:
+    """Leading axis B -> [parts, B / parts], padded with zero rows (which weigh nothing) where it does not divide."""
+
+    def split(x):
+        rows = -(-x.shape[0] // parts)
+        x = jnp.pad(x, [(0, rows * parts - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(parts, rows, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def make_bake_step(
+    model_config: ModelConfig,
+    bake_config: BakeConfig,
+    optimizer: optax.GradientTransformation | None = None,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[BakeState, dict[str, jax.Array]]]:
+    """The step `(state, params, batch, prefix=None, teacher_hidden=None) -> (state, metrics)`, jitted, state donated.
+
+    Args (of the step):
+      params: the base, a traced argument; never differentiated, never copied.
+      batch: a `data.batches.Batch` of B rows, split into `optimizer.accumulate` micro-batches along B.
+      prefix: keys and values of the prompt for the teacher's view.
+      teacher_hidden: the teacher's hidden states [B, K, D] where they are already known; no teacher pass then.
+
+    The gradient is the sum over all matched tokens of all micro-batches divided by their total weight, so it does not
+    depend on how they are split. Metrics (float32 scalars): loss (mean divergence per token), grad_norm (before
+    clipping), update_norm, learning_rate, tokens (their total weight).
+    """
+    train, loss_config = bake_config.train, bake_config.loss
+    optimizer = optimizer or make_optimizer(bake_config.optimizer, train.steps)
+    schedule = learning_rate(bake_config.optimizer, train.steps)
+    accumulate = bake_config.optimizer.accumulate
+    teacher = teacher or prompted_self(model_config)
+
+    def targets_of(params, batch, prefix, hidden) -> Targets | None:
+        if loss_config.divergence == "cross_entropy":
+            return None
+        if hidden is None:
+            targets = teacher(params, batch, prefix)
+            return targets._replace(hidden=jax.lax.stop_gradient(targets.hidden))
+        return Targets(hidden, None, model_config.logit_softcap)
+
+    def loss_sum(factors, delta, params, batch, prefix, hidden):
+        delta = delta.replace(factors=factors, scale=jax.lax.stop_gradient(delta.scale))
+        targets = targets_of(params, batch, prefix, hidden)
+        student = hidden_at(params, delta, batch.student, config=model_config, remat=train.remat)
+        return _divergence(student, params, targets, batch, model_config, loss_config)
+
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def accumulated(delta, params, batch, prefix, hidden):
+        if accumulate == 1:
+            return gradient(delta.factors, delta, params, batch, prefix, hidden)
+
+        def add(total, part):
+            micro, known = part
+            one = gradient(delta.factors, delta, params, micro, prefix, known)
+            return jax.tree.map(jnp.add, total, one), None
+
+        zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, delta.factors)
+        return jax.lax.scan(add, zero, _split((batch, hidden), accumulate))[0]
+
+    def step(state: BakeState, params, batch: Batch, prefix: Prefix | None = None, teacher_hidden=None):
+        delta = state.delta
+        (total, count), grads = accumulated(delta, params, batch, prefix, teacher_hidden)
+        count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        loss, grad_norm = total / count, optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, delta.factors)
+        good = state.good & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = BakeState(
+            step=state.step + 1,
+            delta=delta.replace(factors=optax.apply_updates(delta.factors, updates)),
+            opt_state=opt_state,
+            key=state.key,
+            good=good,
+        )
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state.replace(good=good))
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": schedule(state.step),
+            "tokens": count,
+        }
+        return kept, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(
+    model_config: ModelConfig, bake_config: BakeConfig, teacher: Teacher | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`evaluate(delta, params, batch, prefix=None, teacher_hidden=None) -> (sum, count, agreement)`, jitted.
+
+    sum and count: of the forward KL in nats at temperature 1, whatever the training loss is; its mean is sum / count.
+    agreement: total weight of the tokens where student and teacher have the same most likely token.
+    """
+    teacher = teacher or prompted_self(model_config)
+
+    def evaluate(delta, params, batch: Batch, prefix: Prefix | None = None, teacher_hidden=None):
+        if teacher_hidden is None:
+            targets = teacher(params, batch, prefix)
+        else:
+            targets = Targets(teacher_hidden, None, model_config.logit_softcap)
+        student = hidden_at(params, delta, batch.student, config=model_config)
+        sums = fused_metrics(
+            student, unembedding(params), targets.hidden, targets.unembed, batch.weights,
+            softcap=model_config.logit_softcap, teacher_softcap=targets.softcap,
+            chunk_size=bake_config.loss.chunk_size,
+        )  # fmt: skip
+        return sums["kl"], sums["count"], sums["agreement"]
+
+    return jax.jit(evaluate)

@@ -1,0 +1,58 @@
+"""Where target distributions come from: today the prompted model itself, behind its cached prompt."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxbake.data.batches import Batch, View
+from jaxbake.models.decoder import Prefix, forward
+from jaxbake.models.spec import ModelConfig
+
+
+class Targets(NamedTuple):
+    """A teacher's next-token distributions, not yet projected to the vocabulary.
+
+    hidden: [B, K, E] final hidden states; unembed: [V, E] over the student's vocabulary, None if it is the student's
+    own matrix; softcap: of the teacher's logits, or None.
+    """
+
+    hidden: jax.Array | None
+    unembed: jax.Array | None
+    softcap: float | None
+
+
+class Teacher(Protocol):
+    """Gives the targets of a batch. `params` are whatever the teacher needs, traced; nothing in it is trained."""
+
+    def __call__(self, params: Any, batch: Batch, prefix: Prefix | None) -> Targets: ...
+
+
+def hidden_at(
+    params: Any,
+    delta: Any,
+    view: View,
+    *,
+    config: ModelConfig,
+    prefix: Prefix | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Hidden states [B, K, D] at the positions that predict the matched tokens of a view."""
+    visible = {} if prefix is None else {"prefix": prefix, "prefix_visible": view.prefix}
+    hidden_BTD = forward(
+        params, delta, view.tokens, config=config, positions=view.positions, segment_ids=view.segments, remat=remat,
+        **visible,
+    )  # fmt: skip
+    return jnp.take_along_axis(hidden_BTD, view.index[..., None], axis=1)
+
+
+def prompted_self(config: ModelConfig) -> Teacher:
+    """The base without its delta, reading the prompt: the teacher of prompt baking (arXiv 2409.13697, eq. 2)."""
+
+    def targets(params: Any, batch: Batch, prefix: Prefix | None) -> Targets:
+        hidden = hidden_at(params, None, batch.teacher, config=config, prefix=prefix)
+        return Targets(hidden, None, config.logit_softcap)
+
+    return targets

@@ -1,0 +1,229 @@
+"""The training loop of a bake: steps, held-out evaluation, early stop, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbake.bake import folder as layout
+from jaxbake.bake.checkpoint import Checkpoints
+from jaxbake.bake.folder import MetricsLog
+from jaxbake.bake.progress import Progress
+from jaxbake.bake.step import BakeState, init_state, make_bake_step, make_eval_step
+from jaxbake.bake.teacher import hidden_at
+from jaxbake.config import BakeConfig
+from jaxbake.data.batches import Batch, Batches, View, shared_prefix
+from jaxbake.data.chat import Example
+from jaxbake.deltas.lora import Delta
+from jaxbake.errors import JaxbakeError, TrainingDiverged
+from jaxbake.models.base import Base
+from jaxbake.models.decoder import Prefix
+from jaxbake.models.spec import ModelConfig
+from jaxbake.sampling import shared_prefix as prefix_of
+
+TEACHER_BYTES = 1 << 30
+"""Up to this size the teacher's hidden states are kept rather than computed again at each visit of an example."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A delta, the step it is of, and a row of metrics per step."""
+
+    delta: Delta
+    step: int
+    metrics: list[dict[str, float]]
+
+
+@dataclass
+class _Best:
+    """The lowest held-out KL so far, its step, evaluations since, and (where they are wanted) the factors it had."""
+
+    kl: float = math.inf
+    step: int = 0
+    since: int = 0
+    factors: dict = field(default_factory=dict)
+
+    def see(self, kl: float, step: int, factors: dict | None) -> None:
+        if kl < self.kl:
+            self.kl, self.step, self.since = kl, step, 0
+            if factors is not None:
+                self.factors = jax.tree.map(jnp.copy, factors)
+        else:
+            self.since += 1
+
+    def cursor(self) -> dict[str, float]:
+        return {"kl": self.kl, "step": self.step, "since": self.since}
+
+
+@partial(jax.jit, static_argnums=3)
+def _teacher_hidden(params: Any, view: View, prefix: Prefix | None, config: ModelConfig) -> jax.Array:
+    return hidden_at(params, None, view, config=config, prefix=prefix)
+
+
+class _KnownTeacher:
+    """The teacher's hidden states at every matched token of the examples: the base is frozen, one pass is enough.
+
+    table: [matched tokens of all examples, D], in the order of `Batch.source`.
+    """
+
+    def __init__(self, base: Base, batches: Batches, prefix: Prefix | None):
+        matched = sum(int(example.mask.sum()) for example in batches.examples)
+        table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
+        for batch in batches.all():
+            hidden = _teacher_hidden(base.params, batch.teacher, prefix, base.config)
+            table[batch.source[batch.source >= 0]] = np.asarray(hidden)[batch.source >= 0]
+        self._table = jnp.asarray(table)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        return _rows(self._table, batch.source)
+
+
+@jax.jit
+def _rows(table: jax.Array, source: jax.Array) -> jax.Array:
+    return jnp.take(table, source, axis=0, mode="clip")  # padding (-1) takes row 0, and weighs nothing
+
+
+class _HeldOut:
+    """Evaluation on the held-out examples; what the teacher says about them is computed once."""
+
+    def __init__(self, base: Base, config: BakeConfig, batches: Batches, prefix: Prefix | None):
+        self._params = base.params
+        self._evaluate = make_eval_step(base.config, config)
+        self._batches = []
+        for batch in map(jax.device_put, batches.all()):
+            self._batches.append((batch, _teacher_hidden(base.params, batch.teacher, prefix, base.config)))
+
+    def __call__(self, delta: Delta) -> dict[str, float]:
+        sums = [self._evaluate(delta, self._params, b, None, teacher_hidden=hidden) for b, hidden in self._batches]
+        kl, count, agreement = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+        return {"held_out_kl": kl / count, "held_out_agreement": agreement / count}
+
+
+def train(
+    base: Base,
+    config: BakeConfig,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    folder: Path | None,
+    progress: Progress,
+) -> Trained:
+    """Trains a delta on the examples, or goes on from the folder's newest checkpoint, bitwise as if never stopped.
+
+    Without a folder nothing is written. Raises TrainingDiverged where a loss is not finite; its attribute `delta` is
+    the last good one, and the folder's newest checkpoint its state.
+    """
+    shared = shared_prefix([*examples, *held_out])
+    prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
+    settings, accumulate = config.train, config.optimizer.accumulate
+    sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length, "seed": config.seed}
+    batches = Batches(examples, shared, rows_multiple=accumulate, **sizes)
+    visits = settings.steps * settings.batch_size / len(examples)
+    matched = sum(int(example.mask.sum()) for example in examples)
+    size = matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
+    teacher = None
+    if visits > 1 and size <= TEACHER_BYTES and config.loss.divergence != "cross_entropy":
+        teacher = _KnownTeacher(base, batches, prefix)
+    evaluate = _HeldOut(base, config, Batches(held_out, shared, **sizes), prefix)
+    step = make_bake_step(base.config, config)
+    state, best = init_state(jax.random.key(config.seed), base.config, config), _Best()
+    if settings.patience:
+        best.factors = jax.tree.map(jnp.copy, state.delta.factors)
+
+    with Checkpoints(folder / layout.CHECKPOINTS) if folder else nullcontext() as checkpoints:
+        resumed = checkpoints.latest if checkpoints else None
+        if resumed is not None:
+            state, factors, cursor = checkpoints.restore(state, best.factors)
+            best = _Best(cursor["kl"], int(cursor["step"]), int(cursor["since"]), factors)
+        log = MetricsLog(folder and folder / layout.METRICS, resumed)
+        board = _TensorBoard(folder / layout.TENSORBOARD) if settings.tensorboard and folder else None
+
+        def record(row: dict[str, float]) -> None:
+            log.add(row)
+            if board:
+                board.add(row)
+            shown = {k.replace("held_out_", ""): row[k] for k in ("loss", "held_out_kl") if k in row}
+            progress("bake", row["step"], settings.steps, shown)
+
+        n = resumed or 0
+        if resumed is None:
+            row = {"step": 0, **evaluate(state.delta)}
+            best.see(row["held_out_kl"], 0, state.delta.factors if settings.patience else None)
+            record(row)
+        waiting: deque[tuple[int, dict[str, jax.Array]]] = deque()
+
+        def settle(keep: int, more: dict[str, float] | None = None) -> None:
+            """Records all but the newest `keep` steps: reading a step's metrics waits for it, so a step behind."""
+            while len(waiting) > keep:
+                number, metrics = waiting.popleft()
+                row = {"step": number, **{k: float(v) for k, v in metrics.items()}}
+                if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                    _diverged(number, row, state, best, checkpoints, config)
+                record(row | (more or {}) if number == n else row)
+
+        batch = batches.batch(n)
+        while n < settings.steps and not (settings.patience and best.since >= settings.patience):
+            if teacher is None:
+                state, metrics = step(state, base.params, batch, prefix)
+            else:
+                state, metrics = step(state, base.params, batch, teacher_hidden=teacher(batch))
+            n += 1
+            waiting.append((n, metrics))
+            batch = batches.batch(n)  # while the step runs
+            last = n == settings.steps
+            if last or n % settings.eval_every == 0:
+                settle(keep=1)
+                held = evaluate(state.delta)
+                settle(keep=0, more=held)
+                best.see(held["held_out_kl"], n, state.delta.factors if settings.patience else None)
+            if checkpoints and (last or n % settings.checkpoint_every == 0):
+                settle(keep=0)
+                checkpoints.save(state, best.factors, best.cursor())
+            settle(keep=1)
+    if settings.patience:
+        return Trained(state.delta.replace(factors=best.factors), best.step, log.rows)
+    return Trained(state.delta, n, log.rows)
+
+
+def _diverged(
+    number: int, row: dict, state: BakeState, best: _Best, checkpoints: Checkpoints | None, config: BakeConfig
+) -> None:
+    """Keeps the state before the step that failed (the step itself left it as it was), and says so."""
+    good, where = int(state.step), "the error's delta"
+    if checkpoints:
+        checkpoints.save(state, best.factors, best.cursor())
+        checkpoints.wait()
+        where = str(checkpoints.folder / str(good))
+    error = TrainingDiverged(
+        f"step {number}: the loss is {row['loss']} and the gradient's norm {row['grad_norm']}; stopped. The last good "
+        f"state, after step {good}, is kept in {where}. Lower optimizer.learning_rate "
+        f"(now {config.optimizer.learning_rate:g}) and bake into another folder"
+    )
+    error.delta = state.delta
+    raise error
+
+
+class _TensorBoard:
+    """The same figures for TensorBoard."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboard.summary import Writer
+        except ImportError as error:
+            raise JaxbakeError("train.tensorboard: needs TensorBoard; pip install 'jaxbake[tensorboard]'") from error
+        self._writer: Any = Writer(str(folder))
+
+    def add(self, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            if key != "step":
+                self._writer.add_scalar(key, value, row["step"])
+        self._writer.flush()
