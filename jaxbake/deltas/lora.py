@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbake.config import LoraConfig
 from jaxbake.errors import JaxbakeError, did_you_mean
@@ -30,6 +33,8 @@ def target_slots(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     known = linear_shapes(config)
     if lora.targets == "all":
         return tuple(known)
+    if isinstance(lora.targets, str):
+        raise JaxbakeError(f"lora.targets: '{lora.targets}' must be 'all' or a list of names, as [{lora.targets}]")
     for name in lora.targets:
         if name not in known:
             raise JaxbakeError(f"lora.targets: this model has no linear layer '{name}'; {did_you_mean(name, known)}")
@@ -68,9 +73,48 @@ def with_strength(delta: Delta, strength: float) -> Delta:
 
 
 def merge(params: dict, delta: Delta) -> dict:
-    """The base with the delta added into its weights; products in float32, each weight keeps its dtype."""
+    """The base with the delta added into its weights; computed in float32, each weight keeps its dtype."""
     layers = dict(params["layers"])
     for slot, factor in delta.factors.items():
-        change = delta.scale * jnp.einsum("lir,lro->lio", factor["a"], factor["b"], precision="highest")
-        layers[slot] = (layers[slot].astype(jnp.float32) + change).astype(layers[slot].dtype)
+        layers[slot] = _merged(layers[slot], factor["a"], factor["b"], delta.scale)
     return {**params, "layers": layers}
+
+
+@jax.jit
+def _merged(weight_LIO: jax.Array, a_LIR: jax.Array, b_LRO: jax.Array, scale: jax.Array) -> jax.Array:
+    def add(layer):  # one layer at a time: no float32 copy of the whole stack
+        weight, a, b = (x.astype(jnp.float32) for x in layer)
+        return (weight + scale * jnp.matmul(a, b, precision="highest")).astype(weight_LIO.dtype)
+
+    return jax.lax.map(add, (weight_LIO, a_LIR, b_LRO))
+
+
+def delta_digest(delta: Delta) -> str:
+    """sha256 over the factors' names, shapes, dtypes and bytes, and the scale: equal only for bitwise equal deltas."""
+    digest = hashlib.sha256()
+    for slot in sorted(delta.factors):
+        for name in sorted(delta.factors[slot]):
+            array = np.asarray(jax.device_get(delta.factors[slot][name]))
+            digest.update(f"{slot}.{name} {array.shape} {array.dtype.name}\n".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(np.float32(jax.device_get(delta.scale)).tobytes())
+    return digest.hexdigest()
+
+
+def check_fits(delta: Delta, config: ModelConfig, source: str) -> None:
+    """Raises JaxbakeError listing every factor that does not fit the model; `source` names the delta in it."""
+    shapes, wrong = linear_shapes(config), []
+    for slot, factor in delta.factors.items():
+        a, b = factor["a"].shape, factor["b"].shape
+        if slot not in shapes:
+            wrong.append(f"'{slot}' is no linear layer of this model ({did_you_mean(slot, shapes)})")
+            continue
+        (size_in, _), (size_out, _) = shapes[slot]
+        for name, shape, right in (
+            ("A", a, (config.num_layers, size_in, a[-1])),
+            ("B", b, (config.num_layers, a[-1], size_out)),
+        ):
+            if shape != right:
+                wrong.append(f"{slot} {name} is {list(shape)}, must be {list(right)}")
+    if wrong:
+        raise JaxbakeError(f"{source}: does not fit the base: {'; '.join(wrong)}")
