@@ -150,8 +150,8 @@ def test_shapes_are_few_and_kept():
         assert set(seen) <= allowed and len(allowed) <= 4, seen
 
 
-@pytest.mark.parametrize(("batch_size", "at_least"), [(16, 0.84), (32, 0.88), (64, 0.91)])
-def test_few_tokens_are_padding(batch_size, at_least):
+@pytest.mark.parametrize("batch_size", [16, 32, 64])
+def test_few_tokens_are_padding(batch_size):
     """Responses of 16 to 512 tokens, log-normal around 200, as chat models write them."""
     random = np.random.default_rng(0)
     examples = []
@@ -162,7 +162,7 @@ def test_few_tokens_are_padding(batch_size, at_least):
         examples.append(Example("bake", teacher, prefix, tail, np.ones(tail.size, bool)))
     batches = Batches(examples, PROMPT, batch_size=batch_size, max_length=1024, seed=0)
     useful = batches.useful_fraction(50)
-    assert useful >= at_least
+    assert useful >= 0.9
     filled = total = 0
     for step in range(50):
         batch = batches.batch(step)

@@ -79,6 +79,7 @@ def test_datasets_folders(folder):
         (dict(file="number.jsonl", field="q"), "number.jsonl line 1: field 'q' must be text, it is int"),
         (dict(file="latin.txt"), "latin.txt: must be UTF-8"),
         (dict(dataset="./absent"), "there is no folder .*absent"),
+        (dict(dataset="nobody/nothing"), "stimuli.dataset 'nobody/nothing': cannot be read"),
     ],
 )
 def test_bad_sources(folder, config, message):

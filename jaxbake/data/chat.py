@@ -25,7 +25,7 @@ KINDS = ("bake", "pin", "context")
 _SAME = object()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """One tail seen behind two prefixes; all ids are int32 arrays of one dimension.
 

@@ -72,7 +72,7 @@ def _pick(row: dict, where: str, config: StimuliConfig) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise JaxbakeError(f"{path}: there is no such file") from None
     except UnicodeDecodeError as error:
