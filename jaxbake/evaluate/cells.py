@@ -1,0 +1,109 @@
+"""Accuracy in the four cells: without the prompt, with it, baked, and baked with the prompt as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxbake.errors import JaxbakeError
+from jaxbake.evaluate.ask import Part, Progress, ask, silent
+from jaxbake.evaluate.items import Item, is_correct
+
+CELLS = ("base", "prompted", "baked", "baked_prompted")
+NAMES = {"base": "base", "prompted": "prompted", "baked": "baked", "baked_prompted": "baked + prompted"}
+
+
+def recovered(base: float, prompted: float, baked: float) -> float | None:
+    """Share of the prompt's gain that the bake keeps without it; None where the prompt gains nothing."""
+    return (baked - base) / (prompted - base) if prompted > base else None
+
+
+@dataclass(frozen=True)
+class FourCells:
+    """Greedy replies to every item in each cell, and whether they are right: {cell: one per item}."""
+
+    items: tuple[Item, ...]
+    replies: dict[str, list[str]]
+    right: dict[str, list[bool]]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Share of right replies by cell."""
+        return {cell: sum(right) / len(right) for cell, right in self.right.items()}
+
+    @property
+    def groups(self) -> dict[str, dict[str, float]]:
+        """Accuracy by group of items, then cell, in the order the groups first appear."""
+        found: dict[str, dict[str, float]] = {}
+        for group in dict.fromkeys(item.group for item in self.items):
+            mine = [i for i, item in enumerate(self.items) if item.group == group]
+            found[group] = {cell: sum(right[i] for i in mine) / len(mine) for cell, right in self.right.items()}
+        return found
+
+    @property
+    def recovered(self) -> float | None:
+        """`recovered` over all items."""
+        accuracy = self.accuracy
+        return recovered(accuracy["base"], accuracy["prompted"], accuracy["baked"])
+
+    def most_telling(self) -> int:
+        """Index of an item to show: wrong without the prompt and right with it and baked, if there is one."""
+        scores = [
+            (right["prompted"] and not right["base"]) + 2 * (right["prompted"] and right["baked"])
+            for right in ({cell: self.right[cell][i] for cell in CELLS} for i in range(len(self.items)))
+        ]
+        return scores.index(max(scores))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, replies included."""
+        rows = [
+            {
+                "question": item.question,
+                "answer": item.answer,
+                "check": item.check,
+                "group": item.group,
+                "replies": {cell: self.replies[cell][i] for cell in CELLS},
+                "right": {cell: self.right[cell][i] for cell in CELLS},
+            }
+            for i, item in enumerate(self.items)
+        ]
+        return {
+            "items": len(self.items),
+            "accuracy": self.accuracy,
+            "recovered": self.recovered,
+            "groups": self.groups,
+            "rows": rows,
+        }
+
+
+def four_cells(
+    base: Any,
+    delta: Any,
+    prompt: str,
+    items: Sequence[Item],
+    *,
+    max_tokens: int = 64,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> FourCells:
+    """Asks all items in the four cells, greedily. Raises JaxbakeError for no items or an empty prompt."""
+    if not items:
+        raise JaxbakeError("the four cells need at least one question")
+    if not prompt.strip():
+        raise JaxbakeError("the four cells need the prompt that was baked; it is empty")
+    ways = {
+        "base": (None, None),
+        "prompted": (None, prompt),
+        "baked": (delta, None),
+        "baked_prompted": (delta, prompt),
+    }
+    replies = {
+        cell: ask(
+            base, with_delta, items, system=system, max_tokens=max_tokens, batch_size=batch_size, what=NAMES[cell],
+            progress=Part(progress, i * len(items), len(ways) * len(items)),
+        )
+        for i, (cell, (with_delta, system)) in enumerate(ways.items())
+    }  # fmt: skip
+    right = {cell: [is_correct(i, r) for i, r in zip(items, replies[cell], strict=True)] for cell in CELLS}
+    return FourCells(tuple(items), replies, right)

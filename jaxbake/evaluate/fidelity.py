@@ -1,0 +1,93 @@
+"""How near the baked model's next-token distributions are to those it should have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbake.bake.teacher import hidden_at
+from jaxbake.data.batches import Batch, Batches, shared_prefix
+from jaxbake.data.chat import Example
+from jaxbake.models.decoder import Prefix, unembedding
+from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import fused_metrics
+from jaxbake.sampling import shared_prefix as prefix_of
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """KL(teacher || student) in nats per token, and the share of tokens whose most likely token is the same.
+
+    before: the base without its delta as student; after: with it. first: on each response's first token only, where
+    the divergence is largest. tokens: how many were compared.
+    """
+
+    kl_before: float
+    kl_after: float
+    first_kl_before: float
+    first_kl_after: float
+    agreement_before: float
+    agreement_after: float
+    tokens: int
+
+    @property
+    def reduction(self) -> float | None:
+        """Share of the KL that the bake took away; None where there was none."""
+        return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "reduction": self.reduction}
+
+
+def fidelity(
+    base: Any, delta: Any, examples: Sequence[Example], *, batch_size: int = 16, max_length: int | None = None
+) -> Fidelity:
+    """Compares teacher view and student view over the matched tokens of examples, before the delta and with it.
+
+    All tokens count alike. Raises JaxbakeError for no examples, or one longer than max_length (the model's context).
+    """
+    shared = shared_prefix(examples)
+    prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
+    batches = Batches(
+        examples, shared, batch_size=min(batch_size, len(examples)),
+        max_length=max_length or base.config.max_positions, seed=0,
+    )  # fmt: skip
+    sizes = [int(example.mask.sum()) for example in examples]
+    starts = np.cumsum(sizes) - sizes
+    # Doubles: thousands of batches' sums are added up.
+    total = {"all": np.zeros((2, 2)), "first": np.zeros((2, 2))}
+    for batch in batches.all():
+        real = batch.source >= 0
+        weights = {"all": real, "first": real & np.isin(batch.source, starts)}
+        weights = {name: w.astype(np.float32) for name, w in weights.items()}
+        for name, sums in _compare(base.params, delta, prefix, batch, weights, config=base.config).items():
+            total[name] += np.asarray(sums, np.float64)
+    (kl_before, agree_before), (kl_after, agree_after) = total["all"] / sum(sizes)
+    first_before, first_after = total["first"][:, 0] / len(examples)
+    return Fidelity(
+        float(kl_before), float(kl_after), float(first_before), float(first_after), float(agree_before),
+        float(agree_after), sum(sizes),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames="config")
+def _compare(
+    params: Any, delta: Any, prefix: Prefix | None, batch: Batch, weights: dict, *, config: ModelConfig
+) -> dict[str, jax.Array]:
+    """By name of the weights, [[KL, agreement] before, [KL, agreement] after], summed over tokens."""
+    teacher = hidden_at(params, None, batch.teacher, config=config, prefix=prefix)
+    unembed = unembedding(params)
+
+    def measure(student, weights):
+        sums = fused_metrics(student, unembed, teacher, unembed, weights, softcap=config.logit_softcap)
+        return jnp.stack([sums["kl"], sums["agreement"]])
+
+    students = [hidden_at(params, d, batch.student, config=config) for d in (None, delta)]
+    return {name: jnp.stack([measure(s, w) for s in students]) for name, w in weights.items()}
