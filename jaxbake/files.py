@@ -41,6 +41,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(aside, ignore_errors=True)
+        elif aside.exists():
+            os.rename(aside, folder)
 
 
 def read_json(path: Path) -> dict:

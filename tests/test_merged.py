@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_lora import random_delta
+from test_store import no_space
 from tiny_hf import save_tiny, tokens, torch_logits
 
 from jaxbake.bakery.card import make_card
@@ -165,3 +166,12 @@ def test_refuses_without_a_trace(bases, tmp_path):
     with pytest.raises(JaxbakeError, match="cannot be written"):
         save_merged(base, delta, tmp_path / "file" / "merged")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_nothing(bases, tmp_path):
+    base = bases("llama")
+    with no_space(9000), pytest.raises(JaxbakeError, match=r"merged.*cannot"):
+        save_merged(base, random_delta(base.config, LORA), tmp_path / "merged", max_shard_size="20KB")
+    with no_space(100), pytest.raises(JaxbakeError, match=r"merged.*cannot"):
+        save_merged(base, None, tmp_path / "merged")
+    assert not any(tmp_path.iterdir())

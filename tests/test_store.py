@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,19 +165,35 @@ def test_saving_again_replaces_only_a_delta(base, delta, card, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "file"]
 
 
-def test_a_write_that_fails_leaves_the_earlier_delta(base, delta, card, tmp_path, monkeypatch):
-    save_delta(delta, card, tmp_path / "delta")
+@contextmanager
+def no_space(limit):
+    """No file of this process may grow beyond `limit` bytes: writes fail in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["orbax", "peft"])
+@pytest.mark.parametrize("limit", [0, 4000])
+def test_a_write_that_fails_leaves_the_earlier_delta(base, delta, card, tmp_path, kind, limit):
     half = with_strength(delta, 0.5)
 
-    def full(self, path):
-        raise OSError(28, "No space left on device")
+    def save(delta):
+        its_card = for_delta(card, delta)
+        if kind == "orbax":
+            return save_delta(delta, its_card, tmp_path / "delta")
+        return save_peft(delta, base, tmp_path / "delta", its_card)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Card, "save", full)
-        with pytest.raises(JaxbakeError, match="delta: cannot be written: No space left on device"):
-            save_delta(half, for_delta(card, half), tmp_path / "delta")
+    save(delta)
+    with no_space(limit), pytest.raises(JaxbakeError, match="delta: cannot be written"):
+        save(half)
     assert_same_delta(delta, load_delta(tmp_path / "delta", base)[0])
     assert [p.name for p in tmp_path.iterdir()] == ["delta"]
+    save(half)
+    assert_same_delta(half, load_delta(tmp_path / "delta", base)[0])
 
 
 def test_reads_peft_folders(base, delta, card, tmp_path):

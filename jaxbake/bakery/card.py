@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxbake.data.chat import has_template, template_hash
 from jaxbake.deltas.lora import Delta, delta_digest
 from jaxbake.errors import JaxbakeError, did_you_mean
-from jaxbake.files import read_json
+from jaxbake.files import read_json, write_whole
 
 FILE = "card.json"
 PACKAGES = ("jaxbake", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -90,13 +91,7 @@ class Card:
 
     def save(self, path: str | Path) -> None:
         """Writes the card to a file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise JaxbakeError(f"{path}: cannot be written: {error.strerror or error}") from error
+        write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Card:
@@ -221,7 +216,6 @@ def make_card(
       config: a recipe or bake settings, as a dataclass or a dict.
       parent: the delta (or its digest) this one was baked on top of.
     """
-    template = getattr(base.tokenizer, "chat_template", None)
     return Card(
         name=name,
         base=base.name,
@@ -230,7 +224,7 @@ def make_card(
         lora=asdict(delta.config),
         prompt=prompt,
         prompt_sha256=None if prompt is None else sha256(prompt),
-        template_sha256=None if template is None else sha256(json.dumps(template, sort_keys=True)),
+        template_sha256=template_hash(base.tokenizer) if has_template(base.tokenizer) else None,
         config=config,
         seeds=seeds,
         parent_digest=delta_digest(parent) if isinstance(parent, Delta) else parent,

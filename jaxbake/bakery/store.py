@@ -30,7 +30,10 @@ def save_delta(delta: Delta, card: Card, folder: str | Path) -> Path:
     if card.delta_digest != delta_digest(delta):
         raise JaxbakeError(f"{folder}: the card '{card.name}' is of another delta; make one for this with make_card")
     with whole_folder(folder) as work:
-        ocp.save(work / WEIGHTS, {"factors": delta.factors, "scale": delta.scale})
+        try:
+            ocp.save(work / WEIGHTS, {"factors": delta.factors, "scale": delta.scale})
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or fails
+            raise JaxbakeError(f"{folder}: cannot be written: {_first_line(error)}") from error
         card.save(work / FILE)
     return folder
 
@@ -100,7 +103,8 @@ def _read_arrays(path: Path) -> dict:
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), stored)
         return jax.tree.map(jnp.asarray, ocp.load(path, like))
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        first = str(error).strip().splitlines()
-        raise JaxbakeError(
-            f"{path}: is damaged or incomplete: {first[0] if first else type(error).__name__}"
-        ) from error
+        raise JaxbakeError(f"{path}: is damaged or incomplete: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,8 +10,9 @@ import typer
 from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
 
-export = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Write a delta for other tools: a PEFT adapter, or a merged model.")
-check = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Tell beforehand what another tool would say to an adapter.")
+options = {"no_args_is_help": True, "rich_markup_mode": "markdown"}
+export = typer.Typer(help="Write a delta for other tools: a PEFT adapter, or a merged model.", **options)
+check = typer.Typer(help="Tell beforehand what another tool would say to an adapter.", **options)
 app.add_typer(export, name="export")
 app.add_typer(check, name="check")
 
@@ -39,8 +40,8 @@ def _load(model: str | None, folder: Path):
 def _merge(model: str | None, delta: Path, out: Path) -> None:
     import jaxbake as jb
 
-    base, change, _ = _load(model, delta)
-    jb.save_merged(base, change, out)
+    base, change, card = _load(model, delta)
+    jb.save_merged(base, change, out, card=card)
     print(out)
 
 
