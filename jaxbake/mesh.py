@@ -28,17 +28,19 @@ def make_mesh(text: str) -> Mesh:
 
     Raises JaxbakeError for unknown axes, sizes that are no whole numbers, or a product other than the device count.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES:
             raise JaxbakeError(f"mesh '{text}': no axis '{name}'; {did_you_mean(name, AXES)}")
         if not size.isdecimal() or int(size) < 1:
             raise JaxbakeError(f"mesh '{text}': {name} = '{size}' is no size; write for example fsdp=4,tp=2")
+        if name in sizes:
+            raise JaxbakeError(f"mesh '{text}': names {name} twice")
         sizes[name] = int(size)
     if (wanted := math.prod(sizes.values())) != jax.device_count():
         raise JaxbakeError(f"mesh '{text}': makes {wanted} devices of the {jax.device_count()} there are")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

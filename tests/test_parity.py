@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxbake.errors import JaxbakeError
 from jaxbake.models import families
 from jaxbake.models.base import Base, load
+from jaxbake.models.checkpoint import write_params
 from jaxbake.models.decoder import forward, logits_from, prefix_from
-from jaxbake.models.spec import abstract_params
+from jaxbake.models.rope import frequencies
+from jaxbake.models.spec import abstract_params, num_params
+from jaxbake.sampling import generate
 
 TOLERANCE = 1e-4
 WINDOW, ORIGINAL, VOCAB = 5, 16, 97  # attention window, pretraining length of rescaled rotary embeddings
@@ -35,12 +39,14 @@ GEMMA3 = dict(GEMMA, rope_parameters={
     "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e5),
     "sliding_attention": dict(rope_type="default", rope_theta=1e3),
 })  # fmt: skip
-VISION = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4)
+VISION = dict(
+    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+)
 
 CASES: dict[str, dict] = {
     "llama": dict(model_type="llama", **ODD, head_dim=8),
-    "llama3": dict(model_type="llama", **GROUPED, head_dim=12, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3,
-                   tie_word_embeddings=True),
+    "llama3": dict(model_type="llama", **GROUPED, head_dim=12, attention_bias=True, mlp_bias=True,
+                   rope_parameters=LLAMA3, tie_word_embeddings=True),
     "mistral": dict(model_type="mistral", **GROUPED, head_dim=8, sliding_window=WINDOW),
     "qwen2": dict(model_type="qwen2", **GROUPED | dict(hidden_size=36), use_sliding_window=True, sliding_window=WINDOW,
                   max_window_layers=1, rope_parameters=YARN, tie_word_embeddings=True),
@@ -85,7 +91,7 @@ def save_random(folder: Path, settings: dict, **save_options) -> torch.nn.Module
     return model
 
 
-@pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.xdist_group(c)) for c in CASES])
+@pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
@@ -112,6 +118,11 @@ def their_logits(model, tokens, mask=None, positions=None) -> np.ndarray:
 @jax.jit(static_argnames="config")
 def our_logits(params, tokens, config, **options):
     return logits_from(params, forward(params, None, tokens, config=config, **options), config=config)
+
+
+@jax.jit(static_argnames="config")
+def our_prefix(params, tokens, config):
+    return prefix_from(params, None, tokens, config=config)
 
 
 def assert_close(ours, theirs):
@@ -146,7 +157,7 @@ def test_cached_prefix(pair):
     """A row after a cached prefix is the whole row; a row beside it that does not see the prefix is itself alone."""
     params, config = pair.ours.params, pair.ours.config
     tokens = random_tokens((2, 14), seed=2)
-    prefix = prefix_from(params, None, tokens[0, :6], config=config)
+    prefix = our_prefix(params, tokens[0, :6], config)
     visible = np.repeat(np.array([[6], [0]], np.int32), 8, axis=1)
     ours = our_logits(params, tokens[:, 6:], config, prefix=prefix, prefix_visible=visible)
     assert_close(ours[0], their_logits(pair.theirs, tokens[0])[6:])
@@ -154,8 +165,6 @@ def test_cached_prefix(pair):
 
 
 def greedy(base: Base, prompt: np.ndarray, count: int) -> list[int]:
-    from jaxbake.sampling import generate
-
     result = generate(base.params, None, [prompt], config=base.config, max_tokens=count, temperature=0.0)
     return result[0].tokens.tolist()
 
@@ -163,7 +172,7 @@ def greedy(base: Base, prompt: np.ndarray, count: int) -> list[int]:
 def their_greedy(model, prompt: np.ndarray, count: int) -> list[int]:
     tokens = torch.tensor(prompt[None].astype(np.int64))
     out = model.generate(tokens, do_sample=False, max_new_tokens=count, attention_mask=torch.ones_like(tokens))
-    return out[0, len(prompt):].tolist()
+    return out[0, len(prompt) :].tolist()
 
 
 def test_greedy_decoding(pair):
@@ -171,6 +180,17 @@ def test_greedy_decoding(pair):
     theirs = their_greedy(pair.theirs, prompt, 60)
     assert len(theirs) == 60
     assert greedy(pair.ours, prompt, 60) == theirs
+
+
+def test_written_model_is_the_same_in_transformers(pair, tmp_path):
+    """What `write_params` writes, sharded, transformers loads; of a multimodal model, its text part on its own."""
+    hf_config = json.loads((pair.folder / "config.json").read_text())
+    files = write_params(pair.ours.params, pair.ours.config, tmp_path, hf_config, "40KB")
+    assert len(files) > 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert again.dtype == torch.float32
+    tokens = random_tokens(24, seed=4)
+    np.testing.assert_array_equal(their_logits(again, tokens), their_logits(pair.theirs, tokens))
 
 
 def test_transformers_4_config_is_the_same_model(pair):
@@ -188,6 +208,49 @@ def test_transformers_4_config_is_the_same_model(pair):
     rope["type"] = rope.pop("rope_type")
     text["rope_scaling"] = None if rope["type"] == "default" else rope
     assert families.convert(old) == families.convert(config) == pair.ours.config
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_absent_fields_mean_what_transformers_takes(model_type):
+    """Hub configs leave out fields; beyond the sizes every one means transformers' default."""
+    sizes = dict(vocab_size=64, hidden_size=128, intermediate_size=44, num_hidden_layers=30, num_attention_heads=64,
+                 max_position_embeddings=512)  # fmt: skip
+    sparse = {"text_config": sizes} if model_type == "gemma3" else sizes
+    full = AutoConfig.for_model(model_type, **sparse).to_dict()
+    assert families.convert({"model_type": model_type, **sparse}) == families.convert(full)
+    if model_type.startswith("gemma"):  # these leave out sizes too
+        sparse = {name: sizes[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        sparse = sparse if model_type == "gemma3" else dict(sparse, vocab_size=64)
+        sparse = {"text_config": sparse} if model_type == "gemma3" else sparse
+        full = AutoConfig.for_model(model_type, **sparse).to_dict()
+        assert families.convert({"model_type": model_type, **sparse}) == families.convert(full)
+
+
+ROPES = {
+    "linear": dict(factor=8.0),
+    "llama3": dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=32768),
+    "yarn untruncated": dict(factor=40.0, original_max_position_embeddings=4096, truncate=False, beta_fast=16),
+    "yarn attention": dict(factor=8.0, original_max_position_embeddings=8192, attention_factor=1.2),
+    "longrope": dict(short_factor=[1.0 + i / 9 for i in range(64)], long_factor=[1.0 + i for i in range(64)]),
+    "longrope factor": dict(factor=9.0, short_factor=[1.0] * 64, long_factor=[2.0] * 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rope_frequencies_at_real_size(case):
+    kind = case.split()[0]
+    rope = dict(ROPES[case], rope_type=kind, rope_theta=5e5)
+    settings = dict(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=rope)
+    extra = {"original_max_position_embeddings": 4096} if kind == "longrope" else {}
+    model_type = "phi3" if kind == "longrope" else "llama"
+    theirs = AutoConfig.for_model(model_type, **settings, **extra)
+    ours = families.convert(dict(SHAPE, model_type=model_type, **settings, **extra)).ropes[0]
+    for long in (False, True) if kind == "longrope" else (False,):
+        inverse, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=4097 if long else None)
+        our_inverse, our_factor = frequencies(ours, 128, long=long)
+        np.testing.assert_allclose(our_inverse, inverse.numpy(), rtol=2e-6)
+        assert our_factor == pytest.approx(factor, rel=1e-9)
 
 
 def test_stories260k_greedy_text(real_dir):
@@ -217,18 +280,23 @@ def test_real_configs(real_dir):
         config = families.convert(hf_config)
         tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
         hidden = jax.eval_shape(
-            lambda p, t, config=config: forward(p, None, t, config=config), abstract_params(config, jnp.bfloat16), tokens
+            lambda p, t, config=config: forward(p, None, t, config=config),
+            abstract_params(config, jnp.bfloat16),
+            tokens,
         )
         assert (hidden.shape, hidden.dtype) == ((2, 8, config.hidden_size), jnp.bfloat16), name
 
 
-SIZES = {"qwen2.5-0.5b": 494_032_768, "llama3.1-8b": 8_030_261_248, "gemma3-270m": 268_098_176, "gemma2-2b": 2_614_341_888}
+SIZES = {
+    "qwen2.5-0.5b": 494_032_768,
+    "llama3.1-8b": 8_030_261_248,
+    "gemma3-270m": 268_098_176,
+    "gemma2-2b": 2_614_341_888,
+}
 
 
 def test_real_parameter_counts(real_dir):
     """Sizes as their publishers count them."""
-    from jaxbake.models.spec import num_params
-
     for name, count in SIZES.items():
         config = families.convert(json.loads((real_dir / "configs" / name / "config.json").read_text()))
         assert num_params(config) == count, name

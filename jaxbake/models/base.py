@@ -101,12 +101,12 @@ def find_folder(name: str) -> Path:
             )
         return CRUMB
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise JaxbakeError(f"{name}: is a file; name the model's folder")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise JaxbakeError(f"{name}: no such folder, and no hub name (owner/model); 'crumb' is the embedded model")
+        raise JaxbakeError(f"'{name}': no such folder, and no hub name (owner/model); 'crumb' is the embedded model")
     return _download(name)
 
 

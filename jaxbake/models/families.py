@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxbake.errors import JaxbakeError, did_you_mean
@@ -14,12 +14,14 @@ from jaxbake.models.spec import ModelConfig, RopeConfig
 class Family:
     """One `model_type`: what to call it, models people know it by, and its conversion.
 
+    defaults: what an absent field (not null) means to transformers where families differ; hub configs leave such out.
     wrapped: the language model is one part of a larger one, its fields under `text_config`.
     """
 
     title: str
     examples: str
     convert: Callable[[_Fields, str], ModelConfig]
+    defaults: dict = field(default_factory=dict)
     wrapped: bool = False
 
 
@@ -37,11 +39,12 @@ def convert(hf_config: dict) -> ModelConfig:
         nearest = did_you_mean(model_type, FAMILIES)
         hint = "" if nearest.startswith("known") else f"; {nearest}"
         raise JaxbakeError(f"config.json: model_type '{model_type}' is not supported{hint} (supported: {known})")
-    fields = _Fields(text_fields(hf_config))
+    family = FAMILIES[model_type]
+    fields = _Fields({**family.defaults, **text_fields(hf_config)})
     for name, harmless in _UNSUPPORTED.items():
         if (value := fields.raw.get(name)) not in harmless:
             raise JaxbakeError(f"config.json: {name} = {str(value)[:60]} is not supported for '{model_type}'")
-    return FAMILIES[model_type].convert(fields, model_type)
+    return family.convert(fields, model_type)
 
 
 def text_fields(hf_config: dict) -> dict:
@@ -50,14 +53,11 @@ def text_fields(hf_config: dict) -> dict:
     if not isinstance(text, dict):
         return hf_config
     shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
-    return {
-        **text,
-        **{name: hf_config[name] for name in shared if hf_config.get(name) is not None},
-        "architectures": [
-            a.replace("ForConditionalGeneration", "ForCausalLM") for a in hf_config.get("architectures", [])
-        ],
-        "model_type": text.get("model_type", f"{hf_config['model_type']}_text"),
-    }
+    alone = {**text, **{name: hf_config[name] for name in shared if hf_config.get(name) is not None}}
+    names = hf_config.get("architectures") or []
+    alone["architectures"] = [name.replace("ForConditionalGeneration", "ForCausalLM") for name in names] or None
+    alone["model_type"] = text.get("model_type", f"{hf_config['model_type']}_text")
+    return alone
 
 
 # Fields other implementations compute with and this one does not, with the values that mean "not used".
@@ -101,10 +101,6 @@ class _Fields:
             raise JaxbakeError(f"config.json: {name} = {value!r} should be of type {kind.__name__}")
         return value
 
-    def or_else(self, **defaults) -> _Fields:
-        """The same with values for what is absent; null stays null."""
-        return _Fields({**defaults, **self.raw})
-
     def size(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.get(name, int, default)
         if value is not None and value < 1:
@@ -136,17 +132,15 @@ def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
         raise JaxbakeError(
             f"config.json: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"
         )
-    if "head_dim" not in changes:
-        head_dim = fields.size("head_dim", None)
-        if head_dim is None and hidden % heads:
+    head_dim = fields.size("head_dim", None)
+    if head_dim is None:
+        if hidden % heads:
             raise JaxbakeError(
                 f"config.json: no 'head_dim', and hidden_size = {hidden} is no multiple of {heads} heads"
             )
-        changes["head_dim"] = head_dim or hidden // heads
+        head_dim = hidden // heads
     if "activation" not in changes:
         changes["activation"] = _activation(fields, "hidden_act", "silu")
-    if "tie_embeddings" not in changes:
-        changes["tie_embeddings"] = fields.get("tie_word_embeddings", bool, False)
     config = ModelConfig(
         family=family,
         vocab_size=fields.size("vocab_size"),
@@ -155,6 +149,8 @@ def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
         num_layers=fields.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         max_positions=fields.size("max_position_embeddings"),
         norm_eps=fields.get("rms_norm_eps", float, 1e-6),
         init_range=fields.get("initializer_range", float, 0.02),
@@ -313,26 +309,23 @@ def _mistral(fields: _Fields, family: str) -> ModelConfig:
 
 
 def _qwen(fields: _Fields, family: str) -> ModelConfig:
-    window = fields.size("sliding_window", 4096) if fields.get("use_sliding_window", bool, False) else None
+    window = fields.size("sliding_window", None) if fields.get("use_sliding_window", bool, False) else None
     first = fields.get("max_window_layers", int, 28)
     types = _layer_types(fields, lambda i: window is not None and i >= first)
     extra: dict[str, Any] = {"qkv_bias": True}
     if family == "qwen3":
         bias = fields.get("attention_bias", bool, False)
-        extra = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "head_dim": fields.size("head_dim", 128)}
+        extra = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
     return _common(fields, family, ropes=(_rope(fields),), windows=_windows(fields, types, window), **extra)
 
 
 def _gemma(fields: _Fields, family: str, **changes) -> ModelConfig:
-    """What Gemma 2 and 3 share. Hub configs leave out what equals transformers' defaults: they are stated here."""
-    fields = fields.or_else(num_attention_heads=8, num_key_value_heads=4)
+    """What Gemma 2 and 3 share."""
     bias = fields.get("attention_bias", bool, False)
     return _common(
         fields,
         family,
-        head_dim=fields.size("head_dim", 256),
         activation=_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
-        tie_embeddings=fields.get("tie_word_embeddings", bool, True),
         qkv_bias=bias,
         o_bias=bias,
         norm_placement="sandwich",
@@ -344,13 +337,12 @@ def _gemma(fields: _Fields, family: str, **changes) -> ModelConfig:
 
 
 def _gemma2(fields: _Fields, family: str) -> ModelConfig:
-    fields = fields.or_else(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, max_position_embeddings=8192)
     types = _layer_types(fields, lambda i: i % 2 == 0)
     return _gemma(
         fields,
         family,
         ropes=(_rope(fields),),
-        windows=_windows(fields, types, fields.size("sliding_window", 4096)),
+        windows=_windows(fields, types, fields.size("sliding_window", None)),
         attention_softcap=fields.get("attn_logit_softcapping", float, None),
         logit_softcap=fields.get("final_logit_softcapping", float, None),
     )
@@ -359,14 +351,13 @@ def _gemma2(fields: _Fields, family: str) -> ModelConfig:
 def _gemma3(fields: _Fields, family: str) -> ModelConfig:
     if fields.raw.get("attn_logit_softcapping") is not None:  # transformers declares it and does not apply it
         raise JaxbakeError("config.json: attn_logit_softcapping is not supported for Gemma 3")
-    fields = fields.or_else(vocab_size=262_208, max_position_embeddings=131_072)
     pattern = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
     types = _layer_types(fields, lambda i: (i + 1) % pattern != 0)
     return _gemma(
         fields,
         family,
         qk_norm="head",
-        windows=_windows(fields, types, fields.size("sliding_window", 4096)),
+        windows=_windows(fields, types, fields.size("sliding_window", None)),
         logit_softcap=fields.get("final_logit_softcapping", float, None),
         **_ropes_by_type(fields, types, sliding=1e4, full=1e6),
     )
@@ -389,7 +380,6 @@ def _smollm3(fields: _Fields, family: str) -> ModelConfig:
     return _common(
         fields,
         family,
-        tie_embeddings=fields.get("tie_word_embeddings", bool, True),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=fields.get("mlp_bias", bool, False),
@@ -404,23 +394,37 @@ def _olmo(fields: _Fields, family: str) -> ModelConfig:
         types = _layer_types(fields, lambda i: (i + 1) % 4 != 0)
         theta = fields.get("rope_theta", float, 5e5)
         extra = _ropes_by_type(fields, types, sliding=theta, full=theta)
-        extra["windows"] = _windows(fields, types, fields.size("sliding_window", 4096))
+        extra["windows"] = _windows(fields, types, fields.size("sliding_window", None))
     else:
         extra = {"ropes": (_rope(fields),)}
     return _common(fields, family, qkv_bias=bias, o_bias=bias, qk_norm="full", norm_placement="post", **extra)
 
 
+_GEMMA = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA2 = {**_GEMMA, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3 = {**_GEMMA, "max_position_embeddings": 131_072, "vocab_size": 262_208}
+_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096}
+_OLMO3 = {"rms_norm_eps": 1e-5, "sliding_window": 4096}
+_SMOLLM3 = {"num_key_value_heads": 4, "tie_word_embeddings": True}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; crumb", _llama),
-    "mistral": Family("Mistral", "Mistral 7B v0.1 to v0.3, Mistral Nemo", _mistral),
-    "qwen2": Family("Qwen 2", "Qwen2, Qwen2.5", _qwen),
-    "qwen3": Family("Qwen 3", "Qwen3 0.6B to 32B (dense)", _qwen),
-    "gemma2": Family("Gemma 2", "Gemma 2 2B, 9B, 27B", _gemma2),
-    "gemma3_text": Family("Gemma 3 (text)", "Gemma 3 270M, 1B", _gemma3),
-    "gemma3": Family("Gemma 3 (multimodal; its text part)", "Gemma 3 4B, 12B, 27B", _gemma3, wrapped=True),
-    "phi3": Family("Phi-3", "Phi-3 mini and medium, Phi-3.5 mini, Phi-4", _phi3),
-    "smollm3": Family("SmolLM3", "SmolLM3 3B", _smollm3),
-    "olmo2": Family("OLMo 2", "OLMo 2 1B, 7B, 13B, 32B", _olmo),
-    "olmo3": Family("OLMo 3", "OLMo 3 7B, 32B", _olmo),
+    "mistral": Family("Mistral", "Mistral 7B v0.1 to v0.3, Mistral Nemo", _mistral, _MISTRAL),
+    "qwen2": Family("Qwen 2", "Qwen2, Qwen2.5", _qwen, _QWEN),
+    "qwen3": Family("Qwen 3", "Qwen3 0.6B to 32B (dense)", _qwen, {**_QWEN, "head_dim": 128}),
+    "gemma2": Family("Gemma 2", "Gemma 2 2B, 9B, 27B", _gemma2, _GEMMA2),
+    "gemma3_text": Family("Gemma 3 (text)", "Gemma 3 270M, 1B", _gemma3, _GEMMA3),
+    "gemma3": Family("Gemma 3 (multimodal; its text part)", "Gemma 3 4B, 12B, 27B", _gemma3, _GEMMA3, wrapped=True),
+    "phi3": Family("Phi-3", "Phi-3 mini and medium, Phi-3.5 mini, Phi-4", _phi3, {"rms_norm_eps": 1e-5}),
+    "smollm3": Family("SmolLM3", "SmolLM3 3B", _smollm3, _SMOLLM3),
+    "olmo2": Family("OLMo 2", "OLMo 2 1B, 7B, 13B, 32B", _olmo, {"rms_norm_eps": 1e-5}),
+    "olmo3": Family("OLMo 3", "OLMo 3 7B, 32B", _olmo, _OLMO3),
 }
 """The families, by `model_type`."""
