@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxbake.cli import app, show
+from jaxbake.errors import JaxbakeError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 
@@ -82,8 +83,14 @@ def evaluate(
     questions: Annotated[
         Path | None, typer.Option("--questions", help='Lines of {"question": ..., "answer": ...} to ask.')
     ] = None,
-    match: Annotated[str, typer.Option("--match", help="exact, contains, or persona:NAME for crumb.")] = "contains",
-    limit: Annotated[int, typer.Option("--limit", help="Questions for each ability of crumb.")] = 100,
+    match: Annotated[
+        str | None,
+        typer.Option("--match", help="A right reply: exact, contains, prefix, numeric. [default: as the recipe]"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Questions at most; for crumb, of each ability. [default: all, 50]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bake, or a model.
@@ -107,12 +114,12 @@ def evaluate(
     folder = Path(target)
     with show.Bars() as progress:
         if (folder / run.RECIPE).is_file():
-            if delta or system:
-                raise typer.BadParameter("--delta and --system go with a model; a bake's folder has its own")
-            result = run.evaluate_folder(folder, questions=questions, match=match, progress=progress)
+            if delta or system or limit:
+                raise JaxbakeError("--delta, --system and --limit go with a model; a bake's folder has its own")
+            result = run.evaluate_folder(folder, questions, match, progress)
         else:
             result = run.evaluate_model(
-                target, delta=delta, system=system, questions=questions, match=match, limit=limit, progress=progress
+                target, delta, system, questions, match or "contains", limit=limit, progress=progress
             )
     if as_json:
         show.print_json(result.to_dict())

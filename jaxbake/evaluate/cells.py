@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxbake.errors import JaxbakeError
 from jaxbake.evaluate.ask import Part, Progress, ask, silent
-from jaxbake.evaluate.items import Item, is_correct
+from jaxbake.evaluate.items import Item, is_correct, user
 
 CELLS = ("base", "prompted", "baked", "baked_prompted")
 NAMES = {"base": "base", "prompted": "prompted", "baked": "baked", "baked_prompted": "baked + prompted"}
@@ -75,6 +75,15 @@ class FourCells:
             "groups": self.groups,
             "rows": rows,
         }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FourCells:
+        """The inverse of `to_dict`; of each item's conversation only the question is known."""
+        rows = data["rows"]
+        return cls(
+            tuple(Item(user(row["question"]), row["answer"], row["check"], row["group"]) for row in rows),
+            *({cell: [row[part][cell] for row in rows] for cell in CELLS} for part in ("replies", "right")),
+        )
 
 
 def four_cells(

@@ -163,7 +163,7 @@ def _item(line: str, match: str, where: str) -> Item:
         raise JaxbakeError(f"{where}: check 'numeric' needs a number in 'answer', which is {row['answer']!r:.40}")
     if check in ("contains", "prefix") and not row["answer"].strip():
         raise JaxbakeError(f"{where}: 'answer' is empty, so every reply would be right")
-    messages = _messages(row["messages"], where) if "messages" in row else _user(row["question"])
+    messages = _messages(row["messages"], where) if "messages" in row else user(row["question"])
     if "system" in row:
         if messages[0]["role"] == "system":
             raise JaxbakeError(f"{where}: has 'system' and a system message; write it once")
@@ -171,7 +171,8 @@ def _item(line: str, match: str, where: str) -> Item:
     return Item(messages, row["answer"], check, row.get("group", ""))
 
 
-def _user(question: str) -> tuple[dict, ...]:
+def user(question: str) -> tuple[dict, ...]:
+    """A conversation of one user turn."""
     return ({"role": "user", "content": question},)
 
 

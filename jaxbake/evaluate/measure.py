@@ -27,6 +27,12 @@ class Evaluation:
         parts = {"cells": self.cells, "fidelity": self.fidelity, "retention": self.retention}
         return {name: None if part is None else part.to_dict() for name, part in parts.items()}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`, other entries ignored; of each item's conversation only the question is known."""
+        kinds = {"cells": FourCells, "fidelity": Fidelity, "retention": Retention}
+        return cls(**{name: kind.from_dict(data[name]) for name, kind in kinds.items() if data[name] is not None})
+
 
 def measure(
     base: Any,

@@ -72,6 +72,11 @@ class Retention:
         """Plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Retention:
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
 
 def retention(
     base: Any,

@@ -1,0 +1,253 @@
+"""A recipe from start to end: load, sample, bake, export, evaluate; and measuring again what was baked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxbake.bake.folder import DELTA, TRAJECTORIES
+from jaxbake.bake.loop import bake
+from jaxbake.bake.progress import Progress, silent
+from jaxbake.bakery.card import sha256
+from jaxbake.bakery.store import load_delta
+from jaxbake.config import Recipe
+from jaxbake.data.chat import Example, example_from_response
+from jaxbake.data.stimuli import load_pins
+from jaxbake.data.trajectories import TrajectoryStore
+from jaxbake.deltas.lora import Delta
+from jaxbake.deltas.peft import save_peft
+from jaxbake.errors import JaxbakeError
+from jaxbake.evaluate import report
+from jaxbake.evaluate.items import load_items
+from jaxbake.evaluate.measure import Evaluation, measure
+from jaxbake.evaluate.plot import plot
+from jaxbake.evaluate.retention import Material, smallworld_material
+from jaxbake.evaluate.scores import Scores, score_abilities, score_items
+from jaxbake.files import read_json, write_whole
+from jaxbake.models.base import Base, load
+from jaxbake.recipe import dump_recipe, load_recipe, read_prompt
+from jaxbake.smallworld import CRUMB
+
+QUICKSTART = Path(str(resources.files("jaxbake.data") / "defaults" / "quickstart.yaml"))
+"""The recipe of `jaxbake quickstart`; configs/quickstart.yaml is the same."""
+
+RECIPE, EVALUATION, SUMMARY, PLOT, PEFT = "recipe.yaml", "evaluation.json", "summary.md", "plot.png", "peft"
+_UNRELATED = 32  # user turns on which base and baked model are compared, for models other than crumb
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a recipe came to. `reused`: the folder already held it, finished; `seconds`: what making it took."""
+
+    recipe: Recipe
+    output: Path
+    evaluation: Evaluation
+    seconds: float | None = None
+    reused: bool = False
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What stands where."""
+        names = {
+            "delta": DELTA, "card": f"{DELTA}/card.json", "PEFT adapter": PEFT, "plot": PLOT, "summary": SUMMARY,
+            "answers": TRAJECTORIES,
+        }  # fmt: skip
+        return {what: self.output / name for what, name in names.items()}
+
+    @property
+    def next_command(self) -> str:
+        """What to try now."""
+        return f"jaxbake chat {shlex.quote(self.recipe.model)} --delta {shlex.quote(str(self.output))}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.recipe.name,
+            "model": self.recipe.model,
+            "output": str(self.output),
+            "seconds": self.seconds,
+            **self.evaluation.to_dict(),
+            "files": {what: str(path) for what, path in self.files.items()},
+        }
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.table import Table
+
+        files = Table.grid(padding=(0, 2))
+        for what, path in self.files.items():
+            files.add_row(what, str(path))
+        took = "" if self.seconds is None else f" in {self.seconds:.0f} s"
+        return Group(
+            report.render(self.evaluation),
+            f"\n[bold]{self.recipe.name}[/bold] baked into {self.recipe.model}{took}:",
+            files,
+            f"\nNext: [bold]{self.next_command}[/bold]",
+        )
+
+
+def run_recipe(
+    recipe: Recipe, root: str | Path = ".", output: str | Path | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Does all that a recipe says, and writes the output folder.
+
+    Args:
+      recipe: what `load_recipe` gives.
+      root: the folder that files in the recipe are relative to.
+      output: the folder to write; by default the recipe's output / name. The same call continues what was interrupted,
+        and returns what is finished.
+      progress: called as work advances.
+
+    Raises JaxbakeError as `load`, `bake` and `measure` do.
+    """
+    started, progress, root = time.monotonic(), progress or silent, Path(root)
+    output = Path(recipe.output) / recipe.name if output is None else Path(output)
+    kept = inside(recipe, root, output)
+    key = _key(kept, output)
+    if found := _finished(kept, output, key):
+        return found
+    items = _items(recipe, root)  # before the work, so that a fault in it shows at once
+    base = load(recipe.model, dtype=recipe.dtype)
+    pins = contexts = None
+    if _is_crumb(base):  # the shipped turns and prompts are plain English, of which crumb makes nothing
+        from jaxbake.smallworld.items import context_prompts, pin_stimuli
+
+        retention = recipe.bake.retention
+        pins = pin_stimuli(300) if retention.pin_stimuli is None else None
+        contexts = context_prompts(60) if retention.contexts_file is None else None
+    result = bake(
+        base, kept.prompt, recipe.stimuli, recipe.bake, output, pins=pins, contexts=contexts, progress=progress,
+        name=recipe.name, recipe=dataclasses.asdict(kept), root=root,
+    )  # fmt: skip
+    write_whole(output / RECIPE, dump_recipe(kept))
+    save_peft(result.delta, base, output / PEFT, card=result.card)
+    plot(result.metrics, output / PLOT, title=recipe.name)
+    evaluation = _measure(base, result.delta, recipe, root, output, items, progress)
+    outcome = Outcome(kept, output, evaluation, round(time.monotonic() - started, 1))
+    notes = [f"Baked with jaxbake into `{recipe.model}`; the settings are in `{RECIPE}`.", f"![loss and KL]({PLOT})"]
+    write_whole(output / SUMMARY, report.summary_markdown(recipe.name, evaluation, notes))
+    write_whole(output / EVALUATION, json.dumps({"key": key, **outcome.to_dict()}, indent=2, ensure_ascii=False) + "\n")
+    return outcome
+
+
+def evaluate_folder(
+    folder: str | Path, questions: str | Path | None = None, match: str | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Measures a finished bake again, on its own questions or on others; writes nothing."""
+    folder = Path(folder)
+    recipe = load_recipe(folder / RECIPE)
+    items = _items(recipe, folder) if questions is None else load_items(questions, match or recipe.evaluation.match)
+    base = load(recipe.model, dtype=recipe.dtype)
+    delta, _ = load_delta(folder, base)
+    return Outcome(recipe, folder, _measure(base, delta, recipe, folder, folder, items, progress or silent))
+
+
+def evaluate_model(
+    name: str,
+    delta: str | Path | None = None,
+    system: str | None = None,
+    questions: str | Path | None = None,
+    match: str = "contains",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Measures a model, with a delta and behind a prompt where given: on questions, or crumb on all its abilities.
+
+    limit: how many questions at most; of the abilities, how many of each.
+    """
+    items = load_items(questions, match, limit) if questions is not None else None
+    base = load(name)
+    change = None if delta is None else load_delta(delta, base)[0]
+    if items is not None:
+        return score_items(base, change, items, system=system, progress=progress or silent)
+    if not _is_crumb(base):
+        raise JaxbakeError(f"{name}: nothing is known of what it should answer; give --questions")
+    if system is not None:
+        raise JaxbakeError("--system goes with --questions; crumb's own questions bring their prompts")
+    return score_abilities(base, change, per_ability=limit or 50, progress=progress or silent)
+
+
+def inside(recipe: Recipe, root: Path, folder: Path) -> Recipe:
+    """The same recipe as it reads in another folder: its prompt inline, its files named from there."""
+
+    def moved(config: Any, *names: str) -> Any:
+        found = {name: getattr(config, name) for name in names}
+        # what is not there is the name of a data set on the hub, or an error that is told where it is read
+        here = {name: root / path for name, path in found.items() if path and (root / path).exists()}
+        return dataclasses.replace(config, **{name: os.path.relpath(path, folder) for name, path in here.items()})
+
+    return dataclasses.replace(
+        recipe,
+        prompt=read_prompt(recipe, root),
+        prompt_file=None,
+        stimuli=moved(recipe.stimuli, "file", "dataset"),
+        bake=dataclasses.replace(recipe.bake, retention=moved(recipe.bake.retention, "pin_stimuli", "contexts_file")),
+        evaluation=moved(recipe.evaluation, "file", "abilities"),
+    )
+
+
+def _key(recipe: Recipe, folder: Path) -> str:
+    """A hash of the recipe and of all it names: files by content, a model's folder by what its files look like."""
+    retention, evaluation = recipe.bake.retention, recipe.evaluation
+    named = (recipe.stimuli.file, retention.pin_stimuli, retention.contexts_file, evaluation.file, evaluation.abilities)
+    paths = [Path(os.path.normpath(folder / name)) for name in named if name]  # the folder itself may not exist yet
+    files = [sha256(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    model = CRUMB if recipe.model == "crumb" else Path(recipe.model)
+    looks = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model.glob("*")) if p.is_file()]
+    return sha256(json.dumps([dataclasses.asdict(recipe), files, looks]))
+
+
+def _finished(recipe: Recipe, folder: Path, key: str) -> Outcome | None:
+    """What the folder holds, if that is this very recipe, finished."""
+    if not all((folder / name).exists() for name in (EVALUATION, RECIPE, DELTA, PEFT, SUMMARY, PLOT)):
+        return None
+    kept = read_json(folder / EVALUATION)
+    if kept.get("key") != key:
+        return None
+    return Outcome(recipe, folder, Evaluation.from_dict(kept), kept["seconds"], reused=True)
+
+
+def _is_crumb(base: Base) -> bool:
+    return base.folder.resolve() == CRUMB.resolve()
+
+
+def _items(recipe: Recipe, root: Path) -> list:
+    settings = recipe.evaluation
+    return load_items(root / settings.file, settings.match, settings.limit) if settings.file else []
+
+
+def _measure(
+    base: Base, delta: Delta, recipe: Recipe, root: Path, output: Path, items: list, progress: Progress
+) -> Evaluation:
+    """All measurements there is material for; `root` is what the recipe's files are relative to."""
+    settings = recipe.evaluation
+    if _is_crumb(base) and settings.abilities is None:
+        material = smallworld_material(settings.limit or 100)
+    else:
+        abilities = load_items(root / settings.abilities) if settings.abilities else []
+        material = Material(abilities=tuple(abilities), unrelated=tuple(load_pins()[:_UNRELATED]))
+    prompt = read_prompt(recipe, root)
+    return measure(
+        base, delta, prompt, items=items, examples=_held_out(base, prompt, output), material=material,
+        max_tokens=settings.max_tokens, progress=progress,
+    )  # fmt: skip
+
+
+def _held_out(base: Base, prompt: str, output: Path) -> list[Example]:
+    """The held-out examples of a bake, from its trajectories."""
+    rows = TrajectoryStore.open(output / TRAJECTORIES).load()
+    return [
+        example_from_response(
+            base.tokenizer, kind=row.kind, prompt=prompt, context=row.context, messages=row.stimulus,
+            response_ids=row.response_ids,
+        )
+        for row in rows
+        if row.split == "held_out"
+    ]  # fmt: skip
