@@ -158,6 +158,30 @@ def test_harmless_extra_tensors(folder):
     assert "lm_head" not in bases.load(folder).params
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_text_part_of_a_multimodal_model(folder, prefix):
+    """Under either of the names transformers has saved it with; the vision tower is left aside, nothing else is."""
+    text = {**LLAMA, "model_type": "gemma3_text", "rope_theta": None, "rope_parameters": None}
+    hf_config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    params, config = random_params(hf_config), families.convert(hf_config)
+    write_params(params, config, folder, hf_config)
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+
+    def rename(tensors):
+        for name in list(tensors):
+            new = "language_model." + name if name == "lm_head.weight" else name.replace("model.", prefix, 1)
+            tensors[new] = tensors.pop(name)
+        tensors["vision_tower.patch.weight"] = np.ones(3, np.float32)
+
+    change_tensors(folder, rename)
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    assert_same(bases.load(folder).params, params)
+    change_tensors(folder, lambda tensors: tensors.update({prefix + "more": np.ones(3, np.float32)}))
+    with pytest.raises(JaxbakeError, match=r"1 unexpected: model\.more$"):
+        bases.load(folder)
+
+
 def test_wrong_tensors_are_all_listed(folder):
     def change(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -206,7 +230,7 @@ def test_broken_shards(tmp_path):
     with pytest.raises(JaxbakeError, match="no 'weight_map'"):
         bases.load(tmp_path)
     index.write_text("{")
-    with pytest.raises(JaxbakeError, match=r"index\.json: cannot be read as JSON"):
+    with pytest.raises(JaxbakeError, match=r"index\.json: is damaged, not JSON"):
         bases.load(tmp_path)
 
 
@@ -241,7 +265,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(JaxbakeError, match=r"no config\.json"):
         bases.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(JaxbakeError, match="should hold a JSON object"):
+    with pytest.raises(JaxbakeError, match="must hold one JSON object"):
         bases.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(JaxbakeError, match=r"model\.safetensors: no such file"):
@@ -290,7 +314,7 @@ WRONG_FIELDS = {
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported for this family"),
     "longrope": (
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
-        "short_factor has 1 numbers, not 4",
+        "short_factor has 1 entries; it should hold 4 numbers",
     ),
     "layer types": ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     "no window": ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "no sliding_window is set"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import read_json
 from jaxbake.models import checkpoint, families
 from jaxbake.models.decoder import forward, logits_from
 from jaxbake.models.spec import ModelConfig
@@ -56,13 +57,15 @@ def load(name: str | Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None 
     not fit it or are corrupt.
     """
     folder = find_folder(str(name))
-    hf_config = checkpoint.read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise JaxbakeError(f"{folder}: no config.json; a model folder in Hugging Face format has one")
+    hf_config = read_json(folder / "config.json")
     config = families.convert(hf_config)
     params = checkpoint.read_params(folder, config, _dtype(dtype, folder, mesh), mesh)
     tokenizer = load_tokenizer(folder)
     generation = folder / "generation_config.json"
     settings = [
-        checkpoint.read_json(generation) if generation.exists() else {},
+        read_json(generation) if generation.exists() else {},
         hf_config,
         families.text_fields(hf_config),
     ]

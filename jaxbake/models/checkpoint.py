@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from jaxbake import mesh as meshes
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import read_json, write_whole
 from jaxbake.models import families
 from jaxbake.models.spec import ModelConfig, Param, is_param, param_specs
 
@@ -39,19 +40,6 @@ class Stored:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises JaxbakeError where the file is missing, unreadable or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxbakeError(f"{path.parent}: no {path.name}; a model folder in Hugging Face format has one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise JaxbakeError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise JaxbakeError(f"{path}: should hold a JSON object")
-    return value
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -164,11 +152,12 @@ def write_params(
         if count > 1:
             total = sum(leaf.nbytes for leaf in leaves.values())
             where = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
-            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
         (folder / (WEIGHTS if count > 1 else INDEX)).unlink(missing_ok=True)  # of an earlier, differently sharded model
         text = dict(families.text_fields(hf_config))
         text["torch_dtype" if "torch_dtype" in text else "dtype"] = params["embed_tokens"].dtype.name
-        _write_json(folder / "config.json", text)
+        write_whole(folder / "config.json", json.dumps(text, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise JaxbakeError(f"{folder}: cannot write the model ({error})") from None
     return [folder / file for file in (*files, *([INDEX] if count > 1 else []), "config.json")]
@@ -302,8 +291,3 @@ def _beside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with _beside(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

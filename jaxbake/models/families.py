@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.models.hf_fields import (
+    Fields,
+    assign_ropes,
+    make_windows,
+    read_activation,
+    read_layer_types,
+    read_one_window,
+    read_rope,
+    read_ropes_by_type,
+)
 from jaxbake.models.spec import ModelConfig, RopeConfig
 
 
@@ -20,7 +30,7 @@ class Family:
 
     title: str
     examples: str
-    convert: Callable[[_Fields, str], ModelConfig]
+    convert: Callable[[Fields, str], ModelConfig]
     defaults: dict = field(default_factory=dict)
     wrapped: bool = False
 
@@ -40,7 +50,7 @@ def convert(hf_config: dict) -> ModelConfig:
         hint = "" if nearest.startswith("known") else f"; {nearest}"
         raise JaxbakeError(f"config.json: model_type '{model_type}' is not supported{hint} (supported: {known})")
     family = FAMILIES[model_type]
-    fields = _Fields({**family.defaults, **text_fields(hf_config)})
+    fields = Fields({**family.defaults, **text_fields(hf_config)})
     for name, harmless in _UNSUPPORTED.items():
         if (value := fields.raw.get(name)) not in harmless:
             raise JaxbakeError(f"config.json: {name} = {str(value)[:60]} is not supported for '{model_type}'")
@@ -80,51 +90,8 @@ _UNSUPPORTED: dict[str, tuple] = {
     "alibi": (None, False),
 }
 
-_REQUIRED = object()
 
-
-class _Fields:
-    """Typed access to a `config.json`; null counts as absent, errors name the field."""
-
-    def __init__(self, raw: dict):
-        self.raw = raw
-
-    def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        value = self.raw.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                raise JaxbakeError(f"config.json: no '{name}'; this architecture cannot be built without it")
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise JaxbakeError(f"config.json: {name} = {value!r} should be of type {kind.__name__}")
-        return value
-
-    def size(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self.get(name, int, default)
-        if value is not None and value < 1:
-            raise JaxbakeError(f"config.json: {name} = {value} should be at least 1")
-        return value
-
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
-
-
-def _activation(fields: _Fields, name: str, default: str) -> str:
-    value = fields.get(name, str, default)
-    if value not in _ACTIVATIONS:
-        raise JaxbakeError(f"config.json: {name} = '{value}' is not supported; known: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[value]
-
-
-def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
+def _common(fields: Fields, family: str, **changes) -> ModelConfig:
     """What all families share; `changes` are what one family adds."""
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", heads)
@@ -140,7 +107,7 @@ def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
             )
         head_dim = hidden // heads
     if "activation" not in changes:
-        changes["activation"] = _activation(fields, "hidden_act", "silu")
+        changes["activation"] = read_activation(fields, "hidden_act", "silu")
     config = ModelConfig(
         family=family,
         vocab_size=fields.size("vocab_size"),
@@ -162,170 +129,40 @@ def _common(fields: _Fields, family: str, **changes) -> ModelConfig:
     return config
 
 
-# Rotary position embedding
-
-_ROPE_KEYS = frozenset({
-    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
-    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
-    "short_factor", "long_factor",
-})  # fmt: skip
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-
-
-def _rope(fields: _Fields, *, theta: float = 1e4, kinds=_ROPE_KINDS, partial: bool = False) -> RopeConfig:
-    """A model's one rotary embedding: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    raw = fields.get("rope_scaling", dict, None) or fields.get("rope_parameters", dict, None) or {}
-    theta = fields.get("rope_theta", float, theta)
-    return _rope_from(raw, fields, theta=theta, kinds=kinds, partial=partial)
-
-
-def _rope_from(raw: dict, fields: _Fields, *, theta: float, kinds=_ROPE_KINDS, partial: bool = False) -> RopeConfig:
-    for key in raw:
-        if key not in _ROPE_KEYS:
-            raise JaxbakeError(
-                f"config.json: '{key}' in the rope parameters is not supported; known: {_listed(_ROPE_KEYS)}"
-            )
-    rope = _Fields(raw)
-    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
-    kind = "longrope" if "longrope" in kinds and kind in ("su", "yarn") else kind
-    if kind not in kinds:
-        raise JaxbakeError(f"config.json: rope type '{kind}' is not supported for this family; known: {_listed(kinds)}")
-    fraction = rope.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
-    if fraction != 1.0 and not partial:
-        raise JaxbakeError(f"config.json: partial_rotary_factor = {fraction} is not supported for this family")
-    longest = fields.size("max_position_embeddings")
-    original = fields.size("original_max_position_embeddings", rope.size("original_max_position_embeddings", longest))
-    base = RopeConfig(theta=rope.get("rope_theta", float, theta), kind=kind, rotary_fraction=fraction)
-    if kind == "linear":
-        return replace(base, factor=rope.get("factor", float))
-    if kind == "llama3":
-        return replace(
-            base,
-            factor=rope.get("factor", float),
-            low_freq_factor=rope.get("low_freq_factor", float),
-            high_freq_factor=rope.get("high_freq_factor", float),
-            original_max_positions=original,
-        )
-    if kind == "yarn":
-        return replace(
-            base,
-            factor=rope.get("factor", float, longest / original),
-            beta_fast=rope.get("beta_fast", float, 32.0),
-            beta_slow=rope.get("beta_slow", float, 1.0),
-            truncate=rope.get("truncate", bool, True),
-            attention_factor=rope.get("attention_factor", float, None),
-            original_max_positions=original,
-        )
-    if kind == "longrope":
-        factors = {name: tuple(map(float, rope.get(name, list))) for name in ("short_factor", "long_factor")}
-        head_dim = fields.size("head_dim", fields.size("hidden_size") // fields.size("num_attention_heads"))
-        for name, values in factors.items():
-            if len(values) != int(head_dim * fraction) // 2:
-                raise JaxbakeError(
-                    f"config.json: {name} has {len(values)} numbers, not {int(head_dim * fraction) // 2}"
-                )
-        return replace(
-            base,
-            factor=rope.get("factor", float, longest / original),
-            attention_factor=rope.get("attention_factor", float, None),
-            original_max_positions=original,
-            **factors,
-        )
-    return base
-
-
-def _ropes_by_type(fields: _Fields, layer_types: list[str], *, sliding: float, full: float) -> dict:
-    """`ropes` and `layer_rope` of families whose windowed and full layers have rotary embeddings of their own.
-
-    transformers 5: `rope_parameters` by layer type. 4: `rope_theta` and `rope_scaling` for the full layers,
-    `rope_local_base_freq` for the windowed ones. `sliding`, `full`: the thetas where none are given.
-    """
-    by_type = fields.get("rope_parameters", dict, None) or {}
-    for key in by_type:
-        if key not in _LAYER_TYPES:
-            raise JaxbakeError(f"config.json: '{key}' in rope_parameters; it should hold {_listed(_LAYER_TYPES)}")
-    full_raw = by_type.get("full_attention") or fields.get("rope_scaling", dict, None) or {}
-    full_rope = _rope_from(full_raw, fields, theta=fields.get("rope_theta", float, full))
-    theta = fields.get("rope_local_base_freq", float, sliding)
-    sliding_rope = _rope_from(by_type.get("sliding_attention") or {}, fields, theta=theta)
-    return _assigned([full_rope if kind == "full_attention" else sliding_rope for kind in layer_types])
-
-
-def _assigned(per_layer: list[RopeConfig]) -> dict:
-    """`ropes` and `layer_rope` from one rotary embedding per layer."""
-    ropes = tuple(dict.fromkeys(per_layer))
-    return {"ropes": ropes, "layer_rope": tuple(map(ropes.index, per_layer)) if len(ropes) > 1 else ()}
-
-
-# Attention windows
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-def _layer_types(fields: _Fields, is_sliding: Callable[[int], bool]) -> list[str]:
-    """`layer_types`, or by the family's own pattern where absent."""
-    layers = fields.size("num_hidden_layers")
-    types = fields.get("layer_types", list, None)
-    if types is None:
-        return [_LAYER_TYPES[bool(is_sliding(i))] for i in range(layers)]
-    if len(types) < layers or not set(types) <= set(_LAYER_TYPES):
-        raise JaxbakeError(f"config.json: layer_types should hold {layers} of {_listed(_LAYER_TYPES)}")
-    return types[:layers]
-
-
-def _windows(fields: _Fields, layer_types: list[str], window: int | None) -> tuple[int, ...]:
-    if "sliding_attention" not in layer_types:
-        return ()
-    if window is None:
-        raise JaxbakeError("config.json: layer_types has sliding_attention, but no sliding_window is set")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-
-
-def _everywhere(fields: _Fields) -> tuple[int, ...]:
-    """One window for all layers, where `sliding_window` is set (Mistral, Phi-3)."""
-    window = fields.size("sliding_window", None)
-    kind = "full_attention" if window is None else "sliding_attention"
-    if set(_layer_types(fields, lambda i: window is not None)) != {kind}:
-        raise JaxbakeError("config.json: layer_types that differ from layer to layer are not supported for this family")
-    return () if window is None else (window,) * fields.size("num_hidden_layers")
-
-
-def _listed(names) -> str:
-    return ", ".join(sorted(names))
-
-
-# Families
-
-
-def _llama(fields: _Fields, family: str) -> ModelConfig:
+def _llama(fields: Fields, family: str) -> ModelConfig:
     bias = fields.get("attention_bias", bool, False)
     return _common(
-        fields, family, qkv_bias=bias, o_bias=bias, mlp_bias=fields.get("mlp_bias", bool, False), ropes=(_rope(fields),)
+        fields,
+        family,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=fields.get("mlp_bias", bool, False),
+        ropes=(read_rope(fields),),
     )
 
 
-def _mistral(fields: _Fields, family: str) -> ModelConfig:
-    return _common(fields, family, ropes=(_rope(fields),), windows=_everywhere(fields))
+def _mistral(fields: Fields, family: str) -> ModelConfig:
+    return _common(fields, family, ropes=(read_rope(fields),), windows=read_one_window(fields))
 
 
-def _qwen(fields: _Fields, family: str) -> ModelConfig:
+def _qwen(fields: Fields, family: str) -> ModelConfig:
     window = fields.size("sliding_window", None) if fields.get("use_sliding_window", bool, False) else None
     first = fields.get("max_window_layers", int, 28)
-    types = _layer_types(fields, lambda i: window is not None and i >= first)
+    types = read_layer_types(fields, lambda i: window is not None and i >= first)
     extra: dict[str, Any] = {"qkv_bias": True}
     if family == "qwen3":
         bias = fields.get("attention_bias", bool, False)
         extra = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
-    return _common(fields, family, ropes=(_rope(fields),), windows=_windows(fields, types, window), **extra)
+    return _common(fields, family, ropes=(read_rope(fields),), windows=make_windows(types, window), **extra)
 
 
-def _gemma(fields: _Fields, family: str, **changes) -> ModelConfig:
+def _gemma(fields: Fields, family: str, **changes) -> ModelConfig:
     """What Gemma 2 and 3 share."""
     bias = fields.get("attention_bias", bool, False)
     return _common(
         fields,
         family,
-        activation=_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
+        activation=read_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
         qkv_bias=bias,
         o_bias=bias,
         norm_placement="sandwich",
@@ -336,46 +173,46 @@ def _gemma(fields: _Fields, family: str, **changes) -> ModelConfig:
     )
 
 
-def _gemma2(fields: _Fields, family: str) -> ModelConfig:
-    types = _layer_types(fields, lambda i: i % 2 == 0)
+def _gemma2(fields: Fields, family: str) -> ModelConfig:
+    types = read_layer_types(fields, lambda i: i % 2 == 0)
     return _gemma(
         fields,
         family,
-        ropes=(_rope(fields),),
-        windows=_windows(fields, types, fields.size("sliding_window", None)),
+        ropes=(read_rope(fields),),
+        windows=make_windows(types, fields.size("sliding_window", None)),
         attention_softcap=fields.get("attn_logit_softcapping", float, None),
         logit_softcap=fields.get("final_logit_softcapping", float, None),
     )
 
 
-def _gemma3(fields: _Fields, family: str) -> ModelConfig:
+def _gemma3(fields: Fields, family: str) -> ModelConfig:
     if fields.raw.get("attn_logit_softcapping") is not None:  # transformers declares it and does not apply it
         raise JaxbakeError("config.json: attn_logit_softcapping is not supported for Gemma 3")
     pattern = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
-    types = _layer_types(fields, lambda i: (i + 1) % pattern != 0)
+    types = read_layer_types(fields, lambda i: (i + 1) % pattern != 0)
     return _gemma(
         fields,
         family,
         qk_norm="head",
-        windows=_windows(fields, types, fields.size("sliding_window", None)),
+        windows=make_windows(types, fields.size("sliding_window", None)),
         logit_softcap=fields.get("final_logit_softcapping", float, None),
-        **_ropes_by_type(fields, types, sliding=1e4, full=1e6),
+        **read_ropes_by_type(fields, types, sliding=1e4, full=1e6),
     )
 
 
-def _phi3(fields: _Fields, family: str) -> ModelConfig:
-    rope = _rope(fields, kinds=("default", "longrope"), partial=True)
-    return _common(fields, family, fused_projections=True, ropes=(rope,), windows=_everywhere(fields))
+def _phi3(fields: Fields, family: str) -> ModelConfig:
+    rope = read_rope(fields, kinds=("default", "longrope"), partial=True)
+    return _common(fields, family, fused_projections=True, ropes=(rope,), windows=read_one_window(fields))
 
 
-def _smollm3(fields: _Fields, family: str) -> ModelConfig:
-    layers, rope = fields.size("num_hidden_layers"), _rope(fields, theta=2e6)
+def _smollm3(fields: Fields, family: str) -> ModelConfig:
+    layers, rope = fields.size("num_hidden_layers"), read_rope(fields, theta=2e6)
     interval = fields.size("no_rope_layer_interval", 4)
     rotary = fields.get("no_rope_layers", list, [(i + 1) % interval != 0 for i in range(layers)])
     if len(rotary) < layers:
         raise JaxbakeError(f"config.json: no_rope_layers has {len(rotary)} entries for {layers} layers")
     window = fields.size("sliding_window", None) if fields.get("use_sliding_window", bool, False) else None
-    types = _layer_types(fields, lambda i: window is not None and not rotary[i])
+    types = read_layer_types(fields, lambda i: window is not None and not rotary[i])
     bias = fields.get("attention_bias", bool, False)
     return _common(
         fields,
@@ -383,20 +220,20 @@ def _smollm3(fields: _Fields, family: str) -> ModelConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=fields.get("mlp_bias", bool, False),
-        windows=_windows(fields, types, window),
-        **_assigned([rope if rotary[i] else RopeConfig(kind="none") for i in range(layers)]),
+        windows=make_windows(types, window),
+        **assign_ropes([rope if rotary[i] else RopeConfig(kind="none") for i in range(layers)]),
     )
 
 
-def _olmo(fields: _Fields, family: str) -> ModelConfig:
+def _olmo(fields: Fields, family: str) -> ModelConfig:
     bias = fields.get("attention_bias", bool, False)
     if family == "olmo3":
-        types = _layer_types(fields, lambda i: (i + 1) % 4 != 0)
+        types = read_layer_types(fields, lambda i: (i + 1) % 4 != 0)
         theta = fields.get("rope_theta", float, 5e5)
-        extra = _ropes_by_type(fields, types, sliding=theta, full=theta)
-        extra["windows"] = _windows(fields, types, fields.size("sliding_window", None))
+        extra = read_ropes_by_type(fields, types, sliding=theta, full=theta)
+        extra["windows"] = make_windows(types, fields.size("sliding_window", None))
     else:
-        extra = {"ropes": (_rope(fields),)}
+        extra = {"ropes": (read_rope(fields),)}
     return _common(fields, family, qkv_bias=bias, o_bias=bias, qk_norm="full", norm_placement="post", **extra)
 
 
