@@ -20,9 +20,9 @@ KEY_TYPE = "threefry2x32"  # drawn per row: the same numbers whatever the batch,
 class Rows:
     """What is asked, one entry per row: the same arrays through prefill and every decoding call.
 
-    tokens int32 [B, T]: prompts, left-padded so that all rows write at one cache index. lengths [B]: their real lengths,
-    0 for a row that only fills the batch. visible [B]: tokens of the shared prefix in front. keys uint32 [B, 2]: PRNG key
-    data. temperature float32 [B], 0 = greedy. stop_ids int32 [n], -1 for unused entries.
+    tokens int32 [B, T]: prompts, left-padded so that all rows write at one cache index. lengths [B]: their real
+    lengths, 0 for a row that only fills the batch. visible [B]: tokens of the shared prefix in front. keys uint32
+    [B, 2]: PRNG key data. temperature float32 [B], 0 = greedy. stop_ids int32 [n], -1 for unused entries.
     """
 
     tokens: jax.Array

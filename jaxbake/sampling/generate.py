@@ -42,8 +42,8 @@ def bucket(size: int, smallest: int = 8) -> int:
 def shared_prefix(params: Any, delta: Any, tokens_P: Sequence[int] | np.ndarray, *, config: ModelConfig) -> Prefix:
     """Keys and values of a prompt's tokens, computed once, to put before the rows of `generate`.
 
-    Padded to a bucket length so that prompts of similar length share compiled code: pass `prefix_visible=len(tokens_P)`.
-    The delta must be the one that is sampled with.
+    Padded to a bucket length so that prompts of similar length share compiled code: pass
+    `prefix_visible=len(tokens_P)`. The delta must be the one that is sampled with.
     """
     tokens = np.asarray(tokens_P, np.int32)
     if tokens.size == 0:
@@ -174,7 +174,8 @@ def generate(
       stop_ids: tokens that end a response.
       seeds: one a row; by default the row's index.
 
-    Raises JaxbakeError for an empty prompt, one that with max_tokens exceeds the model's context, or values out of range.
+    Raises JaxbakeError for an empty prompt, one that with max_tokens exceeds the model's context, and values out of
+    range.
     """
     if len(prompts) == 0:
         return []

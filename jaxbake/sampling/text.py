@@ -37,8 +37,8 @@ def sample(
 
     Args:
       base: a `models.base.Base`.
-      messages_or_texts: one str (a user turn where the model has a chat template, plain text to continue otherwise), one
-        conversation (a list of {"role", "content"}), or a list of either.
+      messages_or_texts: one str (a user turn where the model has a chat template, plain text to continue otherwise),
+        one conversation (a list of {"role", "content"}), or a list of either.
       delta: a `Delta` to answer with, or None for the base alone.
       system: a prompt put before every conversation.
       max_tokens, temperature, top_k, top_p, min_p: as for `generate`; temperature 0 takes the most likely token.
