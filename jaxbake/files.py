@@ -58,16 +58,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file beside its final name, then renames it: readers see the old file or the new one, whole.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file (text as UTF-8) beside its final name, then renames it: readers see the old or the new one, whole.
 
     Raises JaxbakeError where it cannot be written (permission, space, a folder in the way).
     """
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(work, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(work, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)

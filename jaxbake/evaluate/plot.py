@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import write_whole
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 LOSS, KL, AGREEMENT = "#9fb3c8", "#d64545", "#0f609b"
@@ -40,13 +40,15 @@ def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[float], l
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smoothed(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, without a bias toward the first."""
-    keep, total, weight, out = 1 - 1 / max(span, 1), 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight if weight else value)
-    return out
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Each value with the `reach` ones on either side of it averaged, as logarithms where all are above 0."""
+    logs = all(v > 0 for v in values)
+    levels = [math.log(v) for v in values] if logs else list(values)
+    means = []
+    for i in range(len(levels)):
+        near = levels[max(i - reach, 0) : i + reach + 1]
+        means.append(sum(near) / len(near))
+    return [math.exp(m) for m in means] if logs else means
 
 
 def plot(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
@@ -75,7 +77,7 @@ def plot(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
             axes = last = figure.subplots()
         if losses:
             axes.plot(steps, losses, color=LOSS, linewidth=0.8, alpha=0.6)
-            axes.plot(steps, smoothed(losses, len(losses) / 20), color=LOSS, linewidth=2, label="training loss")
+            axes.plot(steps, smoothed(losses, len(losses) // 40), color=LOSS, linewidth=2, label="training loss")
         if kls:
             axes.plot(kl_steps, kls, color=KL, linewidth=2, marker="o", markersize=4.5, label="held-out KL", zorder=3)
             _name_ends(axes, kl_steps, kls)
@@ -83,10 +85,13 @@ def plot(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
         axes.set_ylabel("nats per token")
         axes.legend(loc="upper right")
         last.set_xlabel("step")
+        last.xaxis.get_major_locator().set_params(integer=True)
         last.set_xlim(0, max([*steps, *kl_steps, 1]) * 1.06)
         if title:
             axes.set_title(title, loc="left", fontweight="bold", pad=12)
-        _save(figure, Path(path))
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_whole(Path(path), image.getvalue())
 
 
 def _name_ends(axes, steps: list[float], values: list[float]) -> None:
@@ -124,17 +129,3 @@ def _agreement(axes, steps: list[float], values: list[float]) -> None:
         f"{100 * values[-1]:.3g} %", (steps[-1], 100 * values[-1]), (0, -15), textcoords="offset points",
         color=AGREEMENT, ha="center", fontweight="bold", fontsize=10,
     )  # fmt: skip
-
-
-def _save(figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_bytes(image.getvalue())
-        os.replace(work, path)
-    except OSError as error:
-        raise JaxbakeError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        work.unlink(missing_ok=True)
