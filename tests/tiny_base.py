@@ -68,5 +68,14 @@ def with_train(config: BakeConfig = CONFIG, **changes) -> BakeConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
+def main(folder: str, steps: str) -> None:
+    """The bake of that many steps; says on standard output where it is."""
+
+    def say(stage, done, total, info):
+        print(stage, done, flush=True)
+
+    tiny_bake(folder, with_train(steps=int(steps), checkpoint_every=10, eval_every=25), progress=say)
+
+
 if __name__ == "__main__":
-    tiny_bake(sys.argv[1])
+    main(*sys.argv[1:])

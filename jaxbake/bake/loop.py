@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxbake.bake import folder as layout
 from jaxbake.bake.folder import claim, read_metrics
 from jaxbake.bake.progress import Progress, silent
@@ -20,7 +22,7 @@ from jaxbake.config import BakeConfig, StimuliConfig
 from jaxbake.data.chat import Example, example_from_response, prefix_ids, template_hash
 from jaxbake.data.stimuli import deduplicate, load_contexts, load_pins, load_stimuli, split_held_out
 from jaxbake.data.trajectories import TrajectoryStore, fingerprint, plan_requests
-from jaxbake.deltas.lora import Delta, target_slots
+from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import read_json, write_whole
 from jaxbake.models.base import Base
@@ -145,7 +147,7 @@ def _check(base: Base, prompt: str | None, config: BakeConfig) -> str:
         raise JaxbakeError(
             f"prompt: {length} tokens are longer than the model's context of {base.config.max_positions}; shorten it"
         )
-    target_slots(base.config, config.lora)
+    jax.eval_shape(lambda key: init_delta(key, base.config, config.lora), jax.random.key(0))  # rank and targets fit
     return prompt
 
 
@@ -224,7 +226,11 @@ def _examples(
     for row in store.load():
         examples[row.split].append(
             example_from_response(
-                base.tokenizer, kind=row.kind, prompt=prompt, context=row.context, messages=row.stimulus,
+                base.tokenizer,
+                kind=row.kind,
+                prompt=prompt,
+                context=row.context,
+                messages=row.stimulus,
                 response_ids=row.response_ids,
             )  # fmt: skip
         )
