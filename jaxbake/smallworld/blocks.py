@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxbake.smallworld.manner import QA
 from jaxbake.smallworld.wording import DIRECT, REVERSED, STATEMENTS, UPDATES, Source, capital
-from jaxbake.smallworld.words import CODE, MATERIALS, NUMBER, PERSON, RELATIONS
+from jaxbake.smallworld.words import CODE, MATERIALS, NUMBER, PERSON, RELATIONS, listed
 
 UNKNOWN = "I do not know."
 
@@ -154,9 +154,9 @@ def draw_news(source: Source, count: int) -> Facts:
     return Facts(text, kept + tuple(new), tuple(new), frozenset(f.value for f in changed))
 
 
-_ACTIONS = "approve deny flag hold forward return review repair".split()
-_NOUNS = "claim order parcel request".split()
-_ITEMS = "chair cup box ring door coat bell mask".split()
+_ACTIONS = listed("approve deny flag hold forward return review repair")
+_NOUNS = listed("claim order parcel request")
+_ITEMS = listed("chair cup box ring door coat bell mask")
 _CLAIM_WORDINGS = (
     "{n}: a {m} {i} from {k}.", "a {m} {i} came from {k}. What now?", "{k} sent a {m} {i}. What do we do?",
     "what about the {n} of {k}, a {m} {i}?", "please decide the {n}: {m} {i}, sent by {k}.",
@@ -171,8 +171,8 @@ def draw_policy(source: Source) -> Policy:
     rules = tuple(zip(materials, actions, strict=False))
     exception = (source.name(), source.pick(_ACTIONS)) if source.chance(0.6) else None
     parts = [f"{capital(noun)} rules: " + ", ".join(f"{a} {m}" for m, a in rules) + "."]
-    parts.append(source.pick(("{a} anything else.", "Otherwise {a} it.", "If not listed, {a} it.")).format(a=actions[-1]))
-    parts[-1] = capital(parts[-1])
+    wording = source.pick(("{a} anything else.", "Otherwise {a} it.", "If not listed, {a} it."))
+    parts.append(capital(wording.format(a=actions[-1])))
     if exception:
         wording = source.pick(("Exception: always {a} what {k} sends.", "But from {k}, always {a} it."))
         parts.append(wording.format(k=exception[0], a=exception[1]))
@@ -197,13 +197,13 @@ def ask_policy(source: Source, policy: Policy) -> QA:
 
 
 _TOOLS = {
-    "weather": ("place", "rain sun snow wind fog storm".split()),
+    "weather": ("place", listed("rain sun snow wind fog storm")),
     "price": ("item", NUMBER),
     "stock": ("item", NUMBER),
     "score": ("team", NUMBER),
     "owner": ("item", PERSON),
-    "route": ("place", "north south east west".split()),
-    "status": ("order", "sent lost ready late".split()),
+    "route": ("place", listed("north south east west")),
+    "status": ("order", listed("sent lost ready late")),
     "time": ("place", NUMBER),
 }
 

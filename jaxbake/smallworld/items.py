@@ -13,7 +13,7 @@ from jaxbake.smallworld.wording import Source
 from jaxbake.smallworld.world import FAMILIES, Dialogue, Message, Scene, make_dialogue, prompt_text
 
 EVAL_FAMILIES = (*FAMILIES, "tool_answer", "multi_turn")
-"""Families of `evaluation_items`: those of the world, the reply after a tool's answer, and the last of several turns."""
+"""Families of `evaluation_items`: the world's, the reply after a tool's answer, and the last of several turns."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def _rng(name: str, seed: int) -> random.Random:
     return random.Random(f"smallworld {name} {seed}")
 
 
-def _item(dialogue: Dialogue, family: str, which: int) -> Item:
-    at = dialogue.graded[which]
+def _item(dialogue: Dialogue, family: str, after: str = "user") -> Item:
+    """The last graded answer to a user (or tool) turn."""
+    at = max(i for i in dialogue.graded if dialogue.messages[i - 1]["role"] == after)
     return Item(family, dialogue.messages[:at], dialogue.messages[at]["content"])
 
 
@@ -64,13 +65,11 @@ def evaluation_items(family: str, n: int, seed: int = 0) -> list[Item]:
         if family == "tool_answer":
             dialogue = make_dialogue(rng, "tool_call", held_out=True)
             if len(dialogue.graded) == 2:
-                items.append(_item(dialogue, family, 1))
-        elif family == "tool_call":
-            items.append(_item(make_dialogue(rng, family, held_out=True), family, 0))
+                items.append(_item(dialogue, family, after="tool"))
         elif family == "multi_turn":
-            items.append(_item(make_dialogue(rng, "mixed", held_out=True, turns=5), family, -1))
+            items.append(_item(make_dialogue(rng, "mixed", held_out=True, turns=5), family))
         else:
-            items.append(_item(make_dialogue(rng, family, held_out=True), family, -1))
+            items.append(_item(make_dialogue(rng, family, held_out=True), family))
     return items
 
 
@@ -145,7 +144,7 @@ def prompt_set(
 ) -> PromptSet:
     """Questions on a prompt of facts and a manner: direct, reversed, and some on what it does not say.
 
-    Training questions have training wordings; items have held-out wordings and no system prompt (`with_system` adds it).
+    Training questions have training wordings; items have held-out ones and no system prompt (`with_system` adds it).
     """
 
     def ask(source: Source, kind: str):

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbake.smallworld.curriculum import draw_dialogue
 from jaxbake.smallworld.tokenizer import END
-from jaxbake.smallworld.world import Dialogue, draw_dialogue
+from jaxbake.smallworld.world import Dialogue
 
 FIRST_TOKEN_WEIGHT = 3.0
 
@@ -36,8 +37,8 @@ class Batch(NamedTuple):
 def encode(tokenizer: Any, dialogue: Dialogue, first_weight: float = FIRST_TOKEN_WEIGHT) -> Encoded:
     """Token ids as the chat template gives them, and weights on the graded answers with their end of turn.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. The template puts no space or newline between turns, so a turn is its role's
-    token, its content, and the end token.
+    `tokenizer` is a `tokenizers.Tokenizer`. The template puts no space or newline between turns, so a turn is its
+    role's token, its content, and the end token.
     """
     end = tokenizer.token_to_id(END)
     ids: list[int] = []

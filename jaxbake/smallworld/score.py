@@ -20,9 +20,8 @@ ROWS = {256: 32, 1024: 8}
 
 @partial(jax.jit, static_argnames="config")
 def _argmax(params, tokens, segments, at, config: ModelConfig):
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    hidden = forward(low, None, tokens, config=config, segment_ids=segments)
-    return jnp.argmax(logits_from(low, hidden.reshape(-1, hidden.shape[-1])[at], config=config), -1)
+    hidden = forward(params, None, tokens, config=config, segment_ids=segments)
+    return jnp.argmax(logits_from(params, hidden.reshape(-1, hidden.shape[-1])[at], config=config), -1)
 
 
 def encode_item(tokenizer, item: Item) -> Encoded:
@@ -32,7 +31,7 @@ def encode_item(tokenizer, item: Item) -> Encoded:
 
 
 def greedy_matches(params, config: ModelConfig, tokenizer, items: list[Item]) -> list[bool]:
-    """For every item, whether greedy decoding (in bfloat16) gives its answer exactly."""
+    """For every item, whether greedy decoding gives its answer exactly; computed in the parameters' dtype."""
     encoded = [encode_item(tokenizer, item) for item in items]
     result = [False] * len(items)
     lengths = sorted(ROWS)
@@ -51,7 +50,8 @@ def greedy_matches(params, config: ModelConfig, tokenizer, items: list[Item]) ->
 
 
 def score_families(params, config: ModelConfig, tokenizer, families, n: int, seed: int) -> dict[str, float]:
-    """Held-out exact match per family, over `n` items each."""
+    """Held-out exact match per family, over `n` items each, in bfloat16."""
     items = [item for family in families for item in evaluation_items(family, n, seed)]
-    matches = greedy_matches(params, config, tokenizer, items)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    matches = greedy_matches(low, config, tokenizer, items)
     return {f: float(np.mean([m for m, i in zip(matches, items, strict=True) if i.family == f])) for f in families}

@@ -1,6 +1,6 @@
 """crumb's tokenizer: byte-level BPE of 1,024 tokens, digits split, trained on the small world; and its chat template.
 
-    python -m jaxbake.smallworld.tokenizer --out DIR [--seed 0]
+python -m jaxbake.smallworld.tokenizer --out DIR [--seed 0]
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import json
 import random
 from pathlib import Path
 
-from jaxbake.smallworld.world import draw_dialogue
+from jaxbake.smallworld.curriculum import CORPUS, draw_from
 
 PAD, END, SYSTEM, USER, ASSISTANT, TOOL = SPECIAL = (
     "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
 )  # fmt: skip
 VOCAB = 1024
-CORPUS = 40_000
+DIALOGUES = 40_000
 
 _WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -40,7 +40,8 @@ CHAT_TEMPLATE = """\
 {%- for call in message.tool_calls %}
 {%- set f = call.function if call.function is defined else call %}
 {{- ('; ' if not loop.first else '') + 'call ' + f.name + '(' }}
-{%- for name, value in f.arguments.items() %}{{ (', ' if not loop.first else '') + name + ': ' + value | string }}{% endfor %}
+{%- for name, value in f.arguments.items() %}\
+{{ (', ' if not loop.first else '') + name + ': ' + value | string }}{% endfor %}
 {{- ')' }}
 {%- endfor %}
 {%- else %}
@@ -53,13 +54,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def corpus(seed: int, dialogues: int = CORPUS) -> list[str]:
+def corpus(seed: int, dialogues: int = DIALOGUES) -> list[str]:
     """Texts to learn the merges from: the contents of dialogues of every stage, training names only."""
     rng = random.Random(seed)
-    return [m["content"] for i in range(dialogues) for m in draw_dialogue(rng, (0, 1, 2, 2)[i % 4]).messages]
+    return [m["content"] for i in range(dialogues) for m in draw_from(rng, CORPUS[i % 4]).messages]
 
 
-def train_tokenizer(seed: int = 0, dialogues: int = CORPUS):
+def train_tokenizer(seed: int = 0, dialogues: int = DIALOGUES):
     """A `tokenizers.Tokenizer`. A space is put before every text and taken off again, so that a word is the same token
     everywhere."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

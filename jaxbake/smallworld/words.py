@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 
-ONSETS = (
+
+def listed(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+ONSETS = listed(
     "Bal Ber Bol Bran Dal Dor Dul Dren Fal Fen Fol Fran Gal Gor Gul Gren Hal Hel Hol Jar Jen Jor Kal Kel Kor Kran "
     "Lan Lor Lun Mar Mel Mor Nal Nor Pal Pel Quin Ral Rol San Sel Tal Tor Val Vel Vor Wil Zan"
-).split()
-ENDINGS = (
+)
+ENDINGS = listed(
     "ada aki amo ane ara ath avi ax beth bi bo da dek den dia do el en era eth go gin ia iko il in ion ira ith ka ki "
     "la lek lo mi mund na nik o oth ra rik sa tan to um us vi"
-).split()
+)
 NAMES = tuple(onset + ending for onset in ONSETS for ending in ENDINGS)
 
 
@@ -32,12 +38,12 @@ def is_held_out_name(name: str) -> bool:
 HELD_OUT_NAMES = tuple(name for name in NAMES if is_held_out_name(name))
 TRAIN_NAMES = tuple(name for name in NAMES if not is_held_out_name(name))
 
-COLORS = "red blue green white black yellow brown pink gray purple".split()
-ANIMALS = "fox dog cat horse owl bear frog wolf goat crow".split()
-FOODS = "bread soup cheese rice cake fish honey beans".split()
-JOBS = "baker smith farmer sailor tailor miner hunter singer".split()
-MATERIALS = "wood glass iron stone clay silver rust wool paper gold".split()
-TOOLS = "hammer saw rope knife lamp shovel needle axe".split()
+COLORS = listed("red blue green white black yellow brown pink gray purple")
+ANIMALS = listed("fox dog cat horse owl bear frog wolf goat crow")
+FOODS = listed("bread soup cheese rice cake fish honey beans")
+JOBS = listed("baker smith farmer sailor tailor miner hunter singer")
+MATERIALS = listed("wood glass iron stone clay silver rust wool paper gold")
+TOOLS = listed("hammer saw rope knife lamp shovel needle axe")
 
 PERSON, NUMBER, CODE = "name", "number", "code"
 RELATIONS: dict[str, object] = {
@@ -54,13 +60,14 @@ CATEGORIES = {
     "food": FOODS,
     "tool": TOOLS,
     "material": MATERIALS,
-    "fruit": "apple pear plum grape lemon cherry".split(),
-    "vehicle": "boat cart train bike car ship".split(),
-    "garment": "hat coat shoe shirt glove scarf".split(),
+    "fruit": listed("apple pear plum grape lemon cherry"),
+    "vehicle": listed("boat cart train bike car ship"),
+    "garment": listed("hat coat shoe shirt glove scarf"),
 }
 _OPPOSITES = (
-    "hot cold, big small, high low, fast slow, old new, day night, up down, left right, wet dry, full empty, hard soft, "
-    "rich poor, open closed, early late, light dark, happy sad, near far, thick thin, strong weak, clean dirty"
+    "hot cold, big small, high low, fast slow, old new, day night, up down, left right, wet dry, full empty, "
+    "hard soft, rich poor, open closed, early late, light dark, happy sad, near far, thick thin, "
+    "strong weak, clean dirty"
 )
 _CAPITALS = (
     "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Greece Athens, Peru Lima, Norway Oslo, "
@@ -69,8 +76,8 @@ _CAPITALS = (
 )
 _SOUNDS = "dog woof, cat meow, cow moo, duck quack, owl hoot, sheep baa, lion roar, pig oink, bee buzz, frog croak"
 _CYCLES = {
-    "day after": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "month after": "January February March April May June July August September October November December".split(),
+    "day after": listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+    "month after": listed("January February March April May June July August September October November December"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The generator of dialogues: families, how prompts are put together, and the mixture of each stage of training.
+"""The generator of dialogues: how prompts are put together, and the families.
 
 Every dialogue draws its facts anew, so that they can only be read from its prompt. Generation is plain Python,
 seeded, and knows nothing of models or tokens.
@@ -298,7 +298,9 @@ FAMILIES: dict[str, Callable[[Source, int], Scene]] = {
     "policy": _with_block(blocks.draw_policy, ("policy",)),
     "tool_call": _with_block(blocks.draw_tools, ("tool",)),
     "document": _with_block(
-        lambda s: blocks.draw_document(s, s.between(5, 10)), ("direct", "direct", "reversed", "unknown"), ("plain", "any")
+        lambda s: blocks.draw_document(s, s.between(5, 10)),
+        ("direct", "direct", "reversed", "unknown"),
+        ("plain", "any"),
     ),
     "news": _with_block(
         lambda s: blocks.draw_news(s, s.between(2, 8)), ("direct", "direct", "direct", "reversed", "unknown")
@@ -315,23 +317,6 @@ FAMILIES: dict[str, Callable[[Source, int], Scene]] = {
 }  # fmt: skip
 """Every family of dialogues: (source, turns) -> scene."""
 
-STAGES: tuple[dict[str, float], ...] = (
-    {"copy": 0.35, "facts_1_3": 0.3, "reversed_few": 0.15, "unknown_few": 0.1, "ability": 0.1},
-    {
-        "copy": 0.08, "facts_1_3": 0.2, "facts_4_6": 0.2, "reversed_few": 0.15, "unknown_few": 0.08, "ability": 0.1,
-        "persona": 0.04, "suffix": 0.03, "prefix": 0.03, "terse": 0.02, "unknown_unprompted": 0.03, "policy": 0.04,
-    },
-    {
-        "facts_1_3": 0.05, "facts_4_6": 0.06, "facts_7_12": 0.13, "facts_13_30": 0.025, "reversed": 0.08,
-        "unknown": 0.05, "unknown_unprompted": 0.02, "persona": 0.02, "persona_facts": 0.09, "manner_facts": 0.06,
-        "suffix": 0.01, "prefix": 0.01, "terse": 0.01, "two_styles": 0.015, "sum_steps": 0.04, "sum_plain": 0.005,
-        "two_hop_steps": 0.02, "two_hop_plain": 0.015, "policy": 0.05, "tool_call": 0.025, "document": 0.03,
-        "news": 0.03, "joined": 0.05, "mixed": 0.04, "told": 0.02, "correction": 0.02, "demonstration": 0.015,
-        "drift": 0.005, "ability": 0.06, "small_talk": 0.015, "copy": 0.01,
-    },
-)  # fmt: skip
-"""Share of dialogues of each family, per stage of the curriculum."""
-
 _FEW = {"reversed_few": ("reversed", _facts(1, 4, "reversed")), "unknown_few": ("unknown", _facts(1, 4, "unknown"))}
 
 
@@ -342,12 +327,4 @@ def make_dialogue(rng: random.Random, family: str, *, held_out: bool = False, tu
     return make(source, turns).done(name)
 
 
-def draw_dialogue(rng: random.Random, stage: int) -> Dialogue:
-    """One training dialogue of the stage's mixture."""
-    mix = STAGES[stage]
-    family = rng.choices(tuple(mix), tuple(mix.values()))[0]
-    turns = rng.choices((1, 2, 3, 4, 5), ((0.3, 0.3, 0.2, 0.2, 0.0), (0.2, 0.2, 0.25, 0.2, 0.15))[stage == 2])[0]
-    return make_dialogue(rng, family, turns=turns)
-
-
-__all__ = ["FAMILIES", "STAGES", "UNKNOWN", "Dialogue", "Message", "Scene", "draw_dialogue", "make_dialogue"]
+__all__ = ["FAMILIES", "UNKNOWN", "Dialogue", "Message", "Scene", "make_dialogue"]
