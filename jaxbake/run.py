@@ -171,7 +171,7 @@ def evaluate_model(
         raise JaxbakeError(f"{name}: nothing is known of what it should answer; give --questions")
     if system is not None:
         raise JaxbakeError("--system goes with --questions; crumb's own questions bring their prompts")
-    return score_abilities(base, change, per_ability=limit or 50, progress=progress or silent)
+    return score_abilities(base, change, per_ability=limit or 50)
 
 
 def inside(recipe: Recipe, root: Path, folder: Path) -> Recipe:

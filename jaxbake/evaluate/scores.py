@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxbake.evaluate.ask import Part, Progress, ask, silent
-from jaxbake.evaluate.items import Item, from_smallworld, is_correct
+from jaxbake.deltas.lora import merge
+from jaxbake.evaluate.ask import Progress, ask, silent
+from jaxbake.evaluate.items import Item, is_correct
 from jaxbake.evaluate.report import Grid, percent, to_rich
-
-PROMPTED, UNPROMPTED = "with its prompt", "without"
-_LONGEST = 96  # the longest answers of crumb's world, sums with steps, have fewer than 70 tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Scores:
 
     def __rich__(self):
         columns = next(iter(self.accuracy.values()))
-        rows = ((name.replace("_", " "), *map(percent, row.values())) for name, row in self.accuracy.items())
+        rows = ((name, *map(percent, row.values())) for name, row in self.accuracy.items())
         return to_rich(Grid(self.title, ("questions", *columns), tuple(rows)))
 
 
@@ -53,25 +51,18 @@ def score_items(
     return Scores(base.name, len(items), found)
 
 
-def score_abilities(
-    base: Any, delta: Any = None, *, per_ability: int = 50, seed: int = 0, progress: Progress = silent
-) -> Scores:
+def score_abilities(base: Any, delta: Any = None, *, per_ability: int = 50, seed: int = 0) -> Scores:
     """Accuracy of every ability of crumb, on names and wordings it was not trained on: with the system prompt the
-    question belongs to, and without it (None where there is none). The whole reply has to be right.
+    question belongs to, and without it (None where it needs none). The whole greedy reply has to be right.
     """
-    from jaxbake.smallworld.items import EVAL_FAMILIES, evaluation_items
+    from jaxbake.smallworld.evaluate import TITLES, evaluate
 
-    items = [item for name in EVAL_FAMILIES for item in from_smallworld(evaluation_items(name, per_ability, seed))]
-    prompted = [item for item in items if item.messages[0]["role"] == "system"]
-    many = {name for name, count in Counter(i.group for i in prompted).items() if 2 * count > per_ability}
-    bare = [replace(item, messages=item.messages[1:]) for item in prompted if item.group in many]
-    total = len(items) + len(bare)
-    found: dict[str, dict[str, float | None]] = {name: {PROMPTED: None, UNPROMPTED: None} for name in EVAL_FAMILIES}
-    for way, asked, start in ((PROMPTED, items, 0), (UNPROMPTED, bare, len(items))):
-        part = Part(progress, start, total)
-        replies = ask(base, delta, asked, max_tokens=_LONGEST, progress=part, what=way)
-        right = [(item.group, is_correct(item, reply)) for item, reply in zip(asked, replies, strict=True)]
-        for name in {item.group for item in asked}:
-            mine = [r for group, r in right if group == name]
-            found[name][way] = sum(mine) / len(mine)
-    return Scores(f"{base.name}: correct answers", total, found)
+    if delta is not None:
+        base = replace(base, params=merge(base.params, delta))
+    table = evaluate(base, per_ability, seed)
+    columns = {"prompted": "prompted", "bare": "without the prompt"}
+    found = {
+        TITLES[name]: {title: None if math.isnan(row[key]) else row[key] for key, title in columns.items()}
+        for name, row in table.items()
+    }
+    return Scores(f"{base.name}: correct answers", per_ability * len(table), found)
