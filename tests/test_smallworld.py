@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbake.errors import JaxbakeError
+from jaxbake.models import checkpoint, families
 from jaxbake.models.decoder import forward
 from jaxbake.models.spec import ModelConfig, init_params
-from jaxbake.smallworld import CRUMB, fast, items, packing, score, train, wording, words
+from jaxbake.smallworld import CRUMB, export, fast, items, packing, score, train, wording, words
 from jaxbake.smallworld.blocks import draw_facts
 from jaxbake.smallworld.curriculum import STAGES, draw_dialogue
 from jaxbake.smallworld.manner import PERSONAS, QA, Manner, draw_manner
@@ -240,6 +244,22 @@ def test_training_lowers_the_loss_and_resumes_bitwise(small, tokenizer, tmp_path
     assert after[0] == after[1]
     for x, y in zip(jax.tree.leaves(run.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_whole_run_is_logged_recorded_and_exported(small, tokenizer, tmp_path: Path):
+    config = train.TrainConfig(tokens=9000, batch_tokens=512, warmup=2, stages=(10**9, 10**9))
+    run = train.train(config, small, tokenizer, tmp_path)
+    assert run.tokens >= 9000 > run.tokens - 512
+    assert [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()][:2] == [10, 20]
+    assert json.loads((tmp_path / "training.json").read_text())["tokens"] == run.tokens
+    export.write_model(export.read_run(tmp_path, small), small, tmp_path / "hf")
+    params = checkpoint.read_params(tmp_path / "hf", families.convert(export.hf_config(small)), jnp.float32, None)
+    for name, value in run.params["layers"].items():
+        np.testing.assert_array_equal(params["layers"][name], value.astype(jnp.bfloat16).astype(jnp.float32))
+    with pytest.raises(JaxbakeError, match="either tokens or minutes"):
+        train.train(train.TrainConfig(), small, tokenizer, tmp_path)
+    with pytest.raises(JaxbakeError, match="another model"):
+        train.restore(train.start(config, dataclasses.replace(small, num_layers=1), tokenizer), tmp_path)
 
 
 def test_the_rate_warms_up_and_decays_to_zero():
