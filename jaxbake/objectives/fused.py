@@ -1,0 +1,274 @@
+"""The divergences straight from hidden states, a chunk of tokens at a time: never all tokens' logits at once.
+
+p is the teacher's distribution at a token, q the student's. Differentiated, a chunk yields its gradient with respect to
+the student's hidden states while its logits are at hand (as Liger-Kernel does), and the backward pass only scales it;
+not differentiated, it yields the value alone. The unembeddings and the teacher are constants and get no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings, prepare, soft_logits
+
+
+def fused_kl(
+    student_hidden_ND: jax.Array,
+    student_unembed_VD: jax.Array,
+    teacher_hidden_ND: jax.Array | None,
+    teacher_unembed_VD: jax.Array | None,
+    weights_N: jax.Array,
+    *,
+    targets_N: jax.Array | None = None,
+    divergence: str = "forward",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None | EllipsisType = ...,
+    beta: float = 0.5,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum over tokens of the divergence between teacher and student, and the sum of the weights.
+
+    `forward` is KL(p || q), `reverse` KL(q || p), `jsd` the generalised Jensen-Shannon divergence of GKD (arXiv
+    2306.13649), `beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q`, whose limits for beta -> 0
+    and 1 are beta times forward and (1 - beta) times reverse; `cross_entropy` is -log q(target). All in nats, with
+    logits softened as `softcap * tanh(logits / softcap) / temperature` (and no factor of temperature squared).
+
+    Differentiable in `student_hidden_ND` and `weights_N` only. Tokens of weight 0 add exactly nothing to value and
+    gradient, whatever they hold. The result does not depend on `chunk_size` beyond rounding. The arithmetic is float32
+    (float64 if an input is); bfloat16 operands are multiplied as such and accumulated in float32.
+
+    Args:
+      student_hidden_ND: [..., D] final hidden states (after the final norm). The dots stand for the same in all.
+      student_unembed_VD: [V, D].
+      teacher_hidden_ND: [..., E], of the student's width or another; None for cross-entropy.
+      teacher_unembed_VD: [V, E]; None if it is the student's.
+      weights_N: [...], 0 for tokens that do not count.
+      targets_N: [...] token ids, for cross-entropy; one outside the vocabulary gives NaN.
+      divergence: "forward", "reverse", "jsd" or "cross_entropy".
+      temperature: divides the logits of both sides.
+      softcap: the student's logit soft cap (Gemma 2).
+      teacher_softcap: the teacher's; by default the student's.
+      beta: the teacher's share of the mixture of `jsd`, between 0 and 1.
+      chunk_size: the most tokens whose logits exist at a time; see `default_chunk_size`. On accelerators some hundred
+        are needed for the products to be bound by arithmetic.
+
+    Returns:
+      (sum, count), scalars of float32 (float64 if an input is).
+
+    Raises:
+      JaxbakeError: unknown divergence, setting out of range, missing argument, or shapes that do not fit.
+    """
+    how, tokens, heads, weights_N = prepare(
+        student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N,
+        targets_N=targets_N, divergence=divergence, temperature=temperature, softcap=softcap,
+        teacher_softcap=teacher_softcap, beta=beta, chunk_size=chunk_size,
+    )  # fmt: skip
+    return jnp.sum(weights_N * _token_losses(how, tokens, heads)), jnp.sum(weights_N)
+
+
+def fused_metrics(
+    student_hidden_ND: jax.Array,
+    student_unembed_VD: jax.Array,
+    teacher_hidden_ND: jax.Array,
+    teacher_unembed_VD: jax.Array | None,
+    weights_N: jax.Array,
+    **settings,
+) -> dict[str, jax.Array]:
+    """Weighted sums for held-out evaluation from one pass over the logits; shapes and settings as in `fused_kl`.
+
+    Returns:
+      `kl` and `reverse_kl` (nats), `agreement` (1 where the two most probable tokens are the same), `student_entropy`
+      and `teacher_entropy` (nats), each summed over tokens times weights, and `count`, the sum of the weights.
+
+    Raises:
+      JaxbakeError: as `fused_kl`.
+    """
+    args = student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N
+    how, tokens, heads, weights_N = prepare(*args, **{**settings, "divergence": "forward"})
+
+    def measure(tokens: Tokens) -> dict[str, jax.Array]:
+        s_CV, t_CV = _student_logits(how, tokens, heads), _teacher_logits(how, tokens, heads)
+        log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+        q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
+        return {
+            "kl": jnp.sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axis=-1),
+            "reverse_kl": jnp.sum(_kl_terms(q_CV, p_CV, -log_ratio_CV), axis=-1),
+            "agreement": (jnp.argmax(s_CV, axis=-1) == jnp.argmax(t_CV, axis=-1)).astype(s_CV.dtype),
+            "student_entropy": -jnp.sum(q_CV * log_q_CV, axis=-1),
+            "teacher_entropy": -jnp.sum(p_CV * log_p_CV, axis=-1),
+        }
+
+    per_token = lax.stop_gradient(_map_chunks(measure, tokens, how.chunk_size))
+    return {name: jnp.sum(weights_N * x_N) for name, x_N in per_token.items()} | {"count": jnp.sum(weights_N)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
+    """The divergence at each token [N]."""
+    return _map_chunks(lambda chunk: _chunk_loss(how, chunk, heads)[0], tokens, how.chunk_size)
+
+
+def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
+    def loss_and_grad(chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+        loss_C, dlogits_CV = _chunk_loss(how, chunk, heads)
+        unembed_VD = heads.student_VD
+        if unembed_VD.dtype == jnp.bfloat16:  # its exponents hold the smallest probabilities; float16's would not
+            dlogits_CV = dlogits_CV.astype(jnp.bfloat16)
+        # No loss, no gradient. The select also keeps the arithmetic before it out of the product: XLA's CPU compiler
+        # was seen to fuse all of `_below_mean` into it and to take three times as long.
+        dlogits_CV = jnp.where(jnp.isnan(loss_C)[:, None], jnp.nan, dlogits_CV)
+        grad_CD = jnp.einsum("cv,vd->cd", dlogits_CV, unembed_VD, **dot_settings(dlogits_CV, unembed_VD))
+        return loss_C, (grad_CD / how.temperature).astype(chunk.hidden_ND.dtype)
+
+    return _map_chunks(loss_and_grad, tokens, how.chunk_size)
+
+
+def _token_losses_bwd(how: Divergence, grad_ND: jax.Array, cotangent_N: jax.Array) -> tuple[Tokens, None]:
+    return Tokens((cotangent_N[:, None] * grad_ND).astype(grad_ND.dtype), None, None), None
+
+
+_token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
+
+
+def _chunk_loss(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
+    """The divergence at a chunk's tokens [C], and temperature times its derivative by the uncapped logits [C, V]."""
+    s_CV = _student_logits(how, tokens, heads)
+    if how.name == "cross_entropy":
+        loss_C, dlogits_CV = _cross_entropy(s_CV, tokens.targets_N)
+    else:
+        t_CV = _teacher_logits(how, tokens, heads)
+        match how.name:
+            case "forward":
+                loss_C, dlogits_CV = _forward(s_CV, t_CV)
+            case "reverse":
+                loss_C, dlogits_CV = _reverse(s_CV, t_CV)
+            case "jsd":
+                loss_C, dlogits_CV = _jensen_shannon(s_CV, t_CV, how.beta)
+    if how.softcap is not None:
+        dlogits_CV *= 1 - jnp.square(s_CV * (how.temperature / how.softcap))
+    return loss_C, dlogits_CV
+
+
+def _student_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
+    return soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
+
+
+def _teacher_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
+    unembed_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
+    return soft_logits(tokens.teacher_hidden_NE, unembed_VE, how.teacher_softcap, how.temperature)
+
+
+def _forward(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(p || q) [C] and its derivative by the student's logits, q - p."""
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
+    return jnp.sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axis=-1), q_CV - p_CV
+
+
+def _reverse(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(q || p) [C] and its derivative, q (log q/p - its mean under q)."""
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    q_CV = jnp.exp(log_q_CV)
+    loss_C = jnp.sum(_kl_terms(q_CV, jnp.exp(log_p_CV), -log_ratio_CV), axis=-1)
+    return loss_C, q_CV * _below_mean(log_ratio_CV, q_CV)
+
+
+def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+    """The generalised Jensen-Shannon divergence [C] and its derivative, (1 - beta) q (log q/m - its mean under q)."""
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
+    m_CV = beta * p_CV + (1 - beta) * q_CV
+    # m/q = (1 - beta)(1 + exp(x)) and m/p = beta (1 + exp(-x)): no overflow whichever of p and q underflows, and the
+    # derivative, in which the constant drops out, keeps its digits where p and q are disjoint and m/q is nearly constant.
+    x_CV = log_ratio_CV + math.log(beta / (1 - beta))
+    softplus_CV = jnp.maximum(x_CV, 0) + jnp.log1p(jnp.exp(-jnp.abs(x_CV)))
+    to_p_CV = _kl_terms(p_CV, m_CV, x_CV - softplus_CV - math.log(beta))
+    to_q_CV = _kl_terms(q_CV, m_CV, -softplus_CV - math.log1p(-beta))
+    return jnp.sum(beta * to_p_CV + (1 - beta) * to_q_CV, axis=-1), (1 - beta) * q_CV * _below_mean(softplus_CV, q_CV)
+
+
+def _cross_entropy(s_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log q(target) [C] and its derivative, q - onehot(target)."""
+    max_C1, log_sum_C1 = _normaliser(s_CV)
+    vocab = s_CV.shape[-1]
+    known_C = (targets_C >= 0) & (targets_C < vocab)
+    target_C1 = jnp.take_along_axis(s_CV, jnp.where(known_C, targets_C, 0)[:, None], axis=-1)
+    loss_C = jnp.where(known_C, ((max_C1 - target_C1) + log_sum_C1)[:, 0], jnp.nan)
+    hit_CV = jnp.arange(vocab) == targets_C[:, None]
+    return loss_C, jnp.exp((s_CV - max_C1) - log_sum_C1) - hit_CV
+
+
+def _below_mean(x_CV: jax.Array, q_CV: jax.Array) -> jax.Array:
+    """How far x lies below its mean under q.
+
+    The mean is taken in two steps. Where one token has nearly all of q, its distance from the mean is far smaller than
+    the mean's rounding, and every row's q sums to 1 up to rounding only; centred, neither does harm.
+    """
+    centred_CV = x_CV - jnp.sum(q_CV * x_CV, axis=-1, keepdims=True)
+    return jnp.sum(q_CV * centred_CV, axis=-1, keepdims=True) - centred_CV
+
+
+def _kl_terms(a_CV: jax.Array, b_CV: jax.Array, log_ratio_CV: jax.Array) -> jax.Array:
+    """Terms that sum to KL(a || b), each of them >= 0: a phi(r) with r = log a/b and phi(r) = exp(-r) - 1 + r.
+
+    Beside a r they hold b - a, which sums to nothing. Terms of one sign do not cancel, and an error in the normalisers,
+    common to a row's r, counts only to second order: a small divergence keeps its digits. Where a and b are close, phi
+    is taken from its series, since the subtraction would lose what is left.
+    """
+    near = 0.3 if a_CV.dtype == jnp.float32 else 0.01  # the first term left out stays below the rounding
+    r = log_ratio_CV
+    series = r * r * (1 / 2 + r * (-1 / 6 + r * (1 / 24 + r * (-1 / 120 + r * (1 / 720 - r / 5040)))))
+    return jnp.where(jnp.abs(r) < near, a_CV * series, (b_CV - a_CV) + a_CV * r)
+
+
+def _log_softmaxes(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log q, log p and log p/q, the last from the difference of the logits, which is exact where they are close."""
+    s_max_C1, s_log_sum_C1 = _normaliser(s_CV)
+    t_max_C1, t_log_sum_C1 = _normaliser(t_CV)
+    shift_C1 = (t_max_C1 - s_max_C1) + (t_log_sum_C1 - s_log_sum_C1)
+    return (s_CV - s_max_C1) - s_log_sum_C1, (t_CV - t_max_C1) - t_log_sum_C1, (t_CV - s_CV) - shift_C1
+
+
+def _normaliser(logits_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits' maximum and the log of the sum of exp(logits - maximum) [C, 1].
+
+    Kept apart, since their sum would round away digits of the smaller one.
+    """
+    max_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
+    return max_C1, jnp.log(jnp.sum(jnp.exp(logits_CV - max_C1), axis=-1, keepdims=True))
+
+
+def _map_chunks(f: Callable[[Tokens], Any], tokens: Tokens, chunk_size: int) -> Any:
+    """`f` over chunks of at most `chunk_size` tokens, one after the other; its outputs for all tokens [N, ...].
+
+    A chunk takes every k-th token, so that tokens spread over devices in blocks are spread within every chunk.
+    """
+    count = tokens.hidden_ND.shape[0]
+    chunks, size = _split(count, chunk_size)
+    if chunks == 1:
+        return f(tokens)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(chunks * size, *x.shape[2:])[:count]
+
+    return jax.tree.map(join, lax.map(f, jax.tree.map(cut, tokens)))
+
+
+def _split(count: int, chunk_size: int) -> tuple[int, int]:
+    """(chunks, tokens in each): as few as may be, or up to twice as many where that divides the tokens evenly."""
+    least = max(1, -(-count // chunk_size))
+    chunks = next((k for k in range(least, 2 * least) if count % k == 0), least)
+    return chunks, -(-count // chunks)

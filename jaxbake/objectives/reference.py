@@ -1,0 +1,58 @@
+"""The divergences as they are defined, over the logits of all tokens at once: what the fused version is tested against.
+
+p is the teacher's distribution at a token, q the student's, both over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxbake.objectives.inputs import prepare, soft_logits
+
+
+def reference_kl(
+    student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N, **settings
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted divergences, sum of weights): `fused_kl`'s arguments and meaning, in plain memory-hungry JAX.
+
+    Any float dtype; float64 (under `jax.enable_x64`) for a value to measure others by. `chunk_size` changes nothing.
+    """
+    args = student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N
+    how, tokens, heads, weights_N = prepare(*args, **settings)
+    logits_NV = soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
+    log_q_NV = jax.nn.log_softmax(logits_NV)
+    if how.name == "cross_entropy":
+        return jnp.sum(weights_N * cross_entropy(log_q_NV, tokens.targets_N)), jnp.sum(weights_N)
+    teacher_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
+    log_p_NV = jax.nn.log_softmax(
+        soft_logits(tokens.teacher_hidden_NE, teacher_VE, how.teacher_softcap, how.temperature)
+    )
+    match how.name:
+        case "forward":
+            loss_N = kl(log_p_NV, log_q_NV)
+        case "reverse":
+            loss_N = kl(log_q_NV, log_p_NV)
+        case "jsd":
+            loss_N = jensen_shannon(log_p_NV, log_q_NV, how.beta)
+    return jnp.sum(weights_N * loss_N), jnp.sum(weights_N)
+
+
+def kl(log_p_NV: jax.Array, log_q_NV: jax.Array) -> jax.Array:
+    """KL(p || q) [N], in nats."""
+    return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
+
+
+def jensen_shannon(log_p_NV: jax.Array, log_q_NV: jax.Array, beta: float) -> jax.Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m) [N] with m = beta p + (1 - beta) q: GKD, arXiv 2306.13649, section 2."""
+    log_m_NV = jnp.logaddexp(math.log(beta) + log_p_NV, math.log1p(-beta) + log_q_NV)
+    return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)
+
+
+def cross_entropy(log_q_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """-log q(target) [N]; NaN where the target is not in the vocabulary."""
+    known_N = (targets_N >= 0) & (targets_N < log_q_NV.shape[-1])
+    log_q_N = jnp.take_along_axis(log_q_NV, jnp.where(known_N, targets_N, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(known_N, -log_q_N, jnp.nan)
