@@ -14,6 +14,11 @@ from jaxbake.smallworld.words import CODE, MATERIALS, NUMBER, PERSON, RELATIONS,
 UNKNOWN = "I do not know."
 
 
+def unknown_answer(what: str) -> str:
+    """The answer to a question that nothing answers; like every answer it repeats the key before it decides."""
+    return f"{what} is something {UNKNOWN}"
+
+
 class Fact(NamedTuple):
     """The {relation} of {key} is {value}."""
 
@@ -226,7 +231,7 @@ def ask_tools(source: Source, tools: Tools) -> QA:
     key = source.name()
     question = source.ask(DIRECT, r=f"{name} of", k=key)
     if name not in have:
-        return QA(question, UNKNOWN, UNKNOWN)
+        return QA(question, unknown_answer(f"The {name} of {key}"), UNKNOWN)
     kind = _TOOLS[name][1]
     result = source.name() if kind == PERSON else str(source.between(10, 99)) if kind == NUMBER else source.pick(kind)
     call = f"call {name}({have[name]}: {key})"
@@ -281,5 +286,7 @@ def ask_unknown(source: Source, blocks: list[Facts]) -> QA:
         value = draw_value(source, relation)
         stale = {v for block in blocks for v in block.stale}
         if value not in stale and not any(f.relation == relation and f.value == value for f in facts):
-            return QA(source.ask(REVERSED, r=relation, v=value), UNKNOWN, UNKNOWN)
-    return QA(source.ask(DIRECT, r=f"{relation} of", k=key), UNKNOWN, UNKNOWN)
+            question = source.ask(REVERSED, r=relation, v=value)
+            return QA(question, unknown_answer(f"The one with {relation} {value}"), UNKNOWN)
+    question = source.ask(DIRECT, r=f"{relation} of", k=key)
+    return QA(question, unknown_answer(f"The {relation} of {key}"), UNKNOWN)

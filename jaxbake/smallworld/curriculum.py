@@ -7,7 +7,7 @@ import random
 from jaxbake.smallworld.world import Dialogue, make_dialogue
 
 Mix = dict[str, float]
-"""Share of dialogues of each family."""
+"""Relative share of dialogues of each family."""
 
 _EASY: Mix = {"copy": 0.35, "facts_1_3": 0.3, "reversed_few": 0.15, "unknown_few": 0.1, "ability": 0.1}
 _FACTS: Mix = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxbake.smallworld import abilities as know
 from jaxbake.smallworld import blocks
@@ -88,8 +88,9 @@ def abilities(n: int, seed: int = 0) -> list[Item]:
 
 
 def unrelated_unknowns(n: int, seed: int = 0) -> list[Item]:
-    """Questions about names no prompt mentions, without a system prompt; the answer is "I do not know."."""
-    return _asked(n, seed, "unknown_unprompted", lambda s: blocks.ask_unknown(s, []), "contains")
+    """Questions about names no prompt mentions, without a system prompt; the answer holds "I do not know."."""
+    asked = _asked(n, seed, "unknown_unprompted", lambda s: blocks.ask_unknown(s, []), "contains")
+    return [replace(item, answer=blocks.UNKNOWN) for item in asked]
 
 
 def with_system(items: list[Item], prompt: str) -> list[Item]:

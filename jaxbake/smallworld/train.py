@@ -60,7 +60,7 @@ class TrainConfig:
     seed: int = 0
     lr: float = 3e-3
     warmup: int = 50
-    decay: float = 0.3
+    decay: float = 0.4
     batch_tokens: int = 4096
     stages: tuple[int, ...] = ()
     """Tokens after which stages 1 and 2 begin; when not given, held-out accuracy decides, within STAGE_LIMITS."""
