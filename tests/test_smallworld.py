@@ -20,9 +20,10 @@ from jaxbake.smallworld import CRUMB, export, fast, items, packing, score, train
 from jaxbake.smallworld.blocks import draw_facts
 from jaxbake.smallworld.curriculum import STAGES, draw_dialogue
 from jaxbake.smallworld.manner import PERSONAS, QA, Manner, draw_manner
+from jaxbake.smallworld.scene import prompt_text
 from jaxbake.smallworld.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from jaxbake.smallworld.wording import Source
-from jaxbake.smallworld.world import FAMILIES, make_dialogue, prompt_text
+from jaxbake.smallworld.world import FAMILIES, make_dialogue
 
 
 @pytest.fixture(scope="module")

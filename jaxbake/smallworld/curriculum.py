@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from jaxbake.smallworld.world import Dialogue, make_dialogue
+from jaxbake.smallworld.scene import Dialogue
+from jaxbake.smallworld.world import make_dialogue
 
 Mix = dict[str, float]
 """Relative share of dialogues of each family."""

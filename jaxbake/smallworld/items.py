@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from jaxbake.smallworld import abilities as know
 from jaxbake.smallworld import blocks
 from jaxbake.smallworld.manner import PERSONAS, Manner
+from jaxbake.smallworld.scene import Dialogue, Message, Scene, prompt_text
 from jaxbake.smallworld.wording import Source
-from jaxbake.smallworld.world import FAMILIES, Dialogue, Message, Scene, make_dialogue, prompt_text
+from jaxbake.smallworld.world import FAMILIES, make_dialogue
 
 EVAL_FAMILIES = (*FAMILIES, "tool_answer", "multi_turn")
 """Families of `evaluation_items`: the world's, the reply after a tool's answer, and the last of several turns."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbake.smallworld.curriculum import draw_dialogue
+from jaxbake.smallworld.scene import Dialogue
 from jaxbake.smallworld.tokenizer import END
-from jaxbake.smallworld.world import Dialogue
 
 FIRST_TOKEN_WEIGHT = 3.0
 

@@ -13,7 +13,7 @@ from jaxbake.models.decoder import forward, logits_from
 from jaxbake.models.spec import ModelConfig
 from jaxbake.smallworld.items import Item, evaluation_items
 from jaxbake.smallworld.packing import Encoded, encode, pack
-from jaxbake.smallworld.world import Dialogue
+from jaxbake.smallworld.scene import Dialogue
 
 ROWS = {256: 32, 1024: 8}
 
