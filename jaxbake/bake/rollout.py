@@ -42,13 +42,17 @@ def collect(
     seen = [min(_match(ids, common), ids.size - 1) for ids in prompts]  # a token stays, to predict the first one
     rows = [ids[n:] for ids, n in zip(prompts, seen, strict=True)]
     groups, done = _groups(rows, sampling.batch_size), store.done()
-    pending = [group for group in groups if not all(requests[i].index in done for i in group)]
-    finished = len(requests) - sum(map(len, pending))
+    pending = [
+        (group, length)
+        for group, length in zip(groups, _lengths(rows, groups), strict=True)
+        if not all(requests[i].index in done for i in group)
+    ]
+    finished = len(requests) - sum(len(group) for group, _ in pending)
     progress("sample", finished, len(requests), {})
     if not pending:
         return
     prefix = shared_prefix(base.params, None, common, config=base.config) if common.size else None
-    for group in pending:
+    for group, length in pending:
         # A last group that is not full is filled up with its own last row: one more shape would cost more to compile.
         filled = group + group[-1:] * (len(groups[0]) - len(group))
         generations = generate(
@@ -56,7 +60,7 @@ def collect(
             config=base.config, prefix=prefix, prefix_visible=[seen[i] for i in filled],
             max_tokens=sampling.max_tokens, temperature=[requests[i].temperature for i in filled],
             top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, stop_ids=base.eos_ids,
-            seeds=[requests[i].seed for i in filled],
+            seeds=[requests[i].seed for i in filled], min_length=length,
         )  # fmt: skip
         drawn = zip(group, generations[: len(group)], strict=True)
         store.write_part([_trajectory(base, requests[i], generation, sampling.stop) for i, generation in drawn])
@@ -108,6 +112,18 @@ def _groups(rows: Sequence[np.ndarray], size: int) -> list[list[int]]:
     """All rows in groups of `size`, shortest first, ties in order: the same whatever has been drawn already."""
     order = sorted(range(len(rows)), key=lambda i: (rows[i].size, i))
     return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def _lengths(rows: Sequence[np.ndarray], groups: list[list[int]]) -> list[int]:
+    """To what length each group's rows are padded: few lengths, each a third of the next at most.
+
+    Padding costs a group little, for its time goes into decoding; a length of its own is one more program to compile.
+    """
+    lengths: list[int] = []
+    for group in reversed(groups):
+        longest = rows[group[-1]].size
+        lengths.append(longest if not lengths or 3 * longest < lengths[-1] else lengths[-1])
+    return lengths[::-1]
 
 
 def _shared_tokens(prompts: Sequence[np.ndarray], requests: Sequence[Request]) -> np.ndarray:

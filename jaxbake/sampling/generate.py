@@ -121,6 +121,7 @@ def prepare(
     min_p: float | None = None,
     stop_ids: Sequence[int] = (),
     seeds: Sequence[int] | None = None,
+    min_length: int = 0,
 ) -> _Run:
     """Checks and pads what `generate` is given. For callers that take the tokens as they come (`text.stream`)."""
     n = len(prompts)
@@ -136,7 +137,7 @@ def prepare(
         if not 0 <= seen <= length:
             raise JaxbakeError(f"prefix_visible: {seen} for prompt {i}; the shared prefix has {length} tokens")
     check_room(prompts, visible, max_tokens, config)
-    b, t = bucket(n, 1), bucket(max(len(prompt) for prompt in prompts))
+    b, t = bucket(n, 1), bucket(max(min_length, *(len(prompt) for prompt in prompts)))
     tokens, keys = np.zeros((b, t), np.int32), np.zeros((b, 2), np.uint32)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         tokens[i, t - len(prompt) :] = prompt
@@ -173,6 +174,7 @@ def generate(
       top_k, top_p, min_p: limits on what may be drawn, in this order, after the temperature.
       stop_ids: tokens that end a response.
       seeds: one a row; by default the row's index.
+      min_length: prompts are padded to at least this length, so that calls may share one compiled program.
 
     Raises JaxbakeError for an empty prompt, one that with max_tokens exceeds the model's context, and values out of
     range.
