@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
+from jaxbake.smallworld.blocks import UNKNOWN
 from jaxbake.smallworld.curriculum import CORPUS, draw_from
 
 PAD, END, SYSTEM, USER, ASSISTANT, TOOL = SPECIAL = (
@@ -17,6 +19,9 @@ PAD, END, SYSTEM, USER, ASSISTANT, TOOL = SPECIAL = (
 )  # fmt: skip
 VOCAB = 1024
 DIALOGUES = 40_000
+
+# Not knowing was said without repeating the key when the tokenizer was trained.
+_LATER_ANSWER = re.compile(r"The [^.!]* is something I do not know\.")
 
 _WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -57,7 +62,8 @@ CHAT_TEMPLATE = """\
 def corpus(seed: int, dialogues: int = DIALOGUES) -> list[str]:
     """Texts to learn the merges from: the contents of dialogues of every stage, training names only."""
     rng = random.Random(seed)
-    return [m["content"] for i in range(dialogues) for m in draw_from(rng, CORPUS[i % 4]).messages]
+    drawn = (m["content"] for i in range(dialogues) for m in draw_from(rng, CORPUS[i % 4]).messages)
+    return [_LATER_ANSWER.sub(UNKNOWN, text) for text in drawn]
 
 
 def train_tokenizer(seed: int = 0, dialogues: int = DIALOGUES):
