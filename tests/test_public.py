@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from cpu_seconds import cpu_seconds
 
 import jaxbake as jb
 
@@ -35,14 +36,8 @@ def test_help_loads_nothing_heavy():
 
 
 def test_import_is_quick():
-    def seconds(code: str) -> float:
-        started = time.perf_counter()
-        run(code)
-        return time.perf_counter() - started
-
-    # The best of several, less what Python itself takes: the machine may be busy with other tests.
-    python = min(seconds("pass") for _ in range(3))
-    assert min(seconds("import jaxbake") for _ in range(3)) - python < 0.3
+    python = min(cpu_seconds("pass") for _ in range(2))
+    assert min(cpu_seconds("import jaxbake") for _ in range(2)) - python < 0.3
 
 
 def test_every_name_is_there():
