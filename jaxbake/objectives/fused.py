@@ -187,8 +187,8 @@ def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float) -> tuple[jax.
     log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
     q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
     m_CV = beta * p_CV + (1 - beta) * q_CV
-    # m/q = (1 - beta)(1 + exp(x)) and m/p = beta (1 + exp(-x)): no overflow whichever of p and q underflows, and the
-    # derivative, in which the constant drops out, keeps its digits where p and q are disjoint and m/q is nearly constant.
+    # m/q = (1 - beta)(1 + exp(x)) and m/p = beta (1 + exp(-x)): no overflow whichever of p and q underflows. In the
+    # derivative the constant drops out, so that it keeps its digits where p and q are disjoint and m/q hardly varies.
     x_CV = log_ratio_CV + math.log(beta / (1 - beta))
     softplus_CV = jnp.maximum(x_CV, 0) + jnp.log1p(jnp.exp(-jnp.abs(x_CV)))
     to_p_CV = _kl_terms(p_CV, m_CV, x_CV - softplus_CV - math.log(beta))
@@ -241,10 +241,12 @@ def _log_softmaxes(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Arr
 def _normaliser(logits_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logits' maximum and the log of the sum of exp(logits - maximum) [C, 1].
 
-    Kept apart, since their sum would round away digits of the smaller one.
+    Kept apart, since their sum would round away digits of the smaller one. The barrier makes what follows subtract the
+    maximum anew: a CPU does so faster than it writes [C, V] differences out and reads them again.
     """
     max_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
-    return max_C1, jnp.log(jnp.sum(jnp.exp(logits_CV - max_C1), axis=-1, keepdims=True))
+    log_sum_C1 = jnp.log(jnp.sum(jnp.exp(logits_CV - max_C1), axis=-1, keepdims=True))
+    return lax.optimization_barrier((max_C1, log_sum_C1))
 
 
 def _map_chunks(f: Callable[[Tokens], Any], tokens: Tokens, chunk_size: int) -> Any:

@@ -52,7 +52,7 @@ def jensen_shannon(log_p_NV: jax.Array, log_q_NV: jax.Array, beta: float) -> jax
 
 
 def cross_entropy(log_q_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """-log q(target) [N]; NaN where the target is not in the vocabulary."""
+    """-log q(target) [N]; NaN, and its gradient too, where the target is not in the vocabulary."""
     known_N = (targets_N >= 0) & (targets_N < log_q_NV.shape[-1])
     log_q_N = jnp.take_along_axis(log_q_NV, jnp.where(known_N, targets_N, 0)[:, None], axis=-1)[:, 0]
-    return jnp.where(known_N, -log_q_N, jnp.nan)
+    return jnp.where(known_N, -1.0, jnp.nan) * log_q_N
