@@ -79,7 +79,8 @@ class _KnownTeacher:
     def __init__(self, base: Base, batches: Batches, prefix: Prefix | None):
         matched = sum(int(example.mask.sum()) for example in batches.examples)
         table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
-        for batch in batches.all():
+        for n in range(-(-len(batches.examples) // batches.batch_size)):
+            batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
             hidden = _teacher_hidden(base.params, batch.teacher, prefix, base.config)
             table[batch.source[batch.source >= 0]] = np.asarray(hidden)[batch.source >= 0]
         self._table = jnp.asarray(table)
