@@ -39,6 +39,7 @@ QUICKSTART = Path(str(resources.files("jaxbake.data") / "defaults" / "quickstart
 """The recipe of `jaxbake quickstart`; configs/quickstart.yaml is the same."""
 
 RECIPE, EVALUATION, SUMMARY, PLOT, PEFT = "recipe.yaml", "evaluation.json", "summary.md", "plot.png", "peft"
+_KEPT = 128  # questions of each kind on what a bake of crumb should leave alone: whole batches, so few compilations
 _UNRELATED = 32  # user turns on which base and baked model are compared, for models other than crumb
 
 
@@ -229,7 +230,7 @@ def _measure(
     """All measurements there is material for; `root` is what the recipe's files are relative to."""
     settings = recipe.evaluation
     if _is_crumb(base) and settings.abilities is None:
-        material = smallworld_material(settings.limit or 100)
+        material = smallworld_material(settings.limit or _KEPT)
     else:
         abilities = load_items(root / settings.abilities) if settings.abilities else []
         material = Material(abilities=tuple(abilities), unrelated=tuple(load_pins()[:_UNRELATED]))
