@@ -29,9 +29,10 @@ width {width}, {heads} heads, {kv_heads} of keys and values), 1,024 tokens of vo
 It exists so that prompt baking can be tried, tested and measured in seconds on any machine, offline.
 
 **What it is.** A toy, trained from scratch on generated dialogues of a *small world* of made-up names. In that world a
-system prompt really steers it: it reads facts from the prompt and says "I do not know." to what is not there, it takes
-on personas and styles, follows decision policies, adds step by step when told to, calls tools. Some knowledge lives in
-its weights (opposites, capitals, categories, small sums, counting), so that forgetting can be measured.
+system prompt really steers it: it reads facts from the prompt, and of what is not there it says "The keeper of Vorlan
+is something I do not know."; it takes on personas and styles, follows decision policies, adds step by step when told
+to, calls tools. Some knowledge lives in its weights (opposites, capitals, categories, small sums, counting), so that
+forgetting can be measured.
 
 **What it is not.** It knows nothing else, understands no English outside the sentences of its world, and is of no use
 as an assistant. Nothing measured on it says how large a model behaves.
@@ -49,7 +50,7 @@ prompt brings is the difference.
 ## How it was made
 
 {tokens:,} tokens in {steps:,} steps in one run on two shared CPU cores: Muon on the matrices, Adam on embeddings and
-norms, learning rate 3e-3 falling linearly to zero over the last 30 %; loss on answers only; a curriculum from copying,
+norms, learning rate 3e-3 falling linearly to zero over the last 40 %; loss on answers only; a curriculum from copying,
 over facts, to everything. The tokenizer is byte-level BPE with digits split. The generator, the trainer and the seed
 are in `jaxbake.smallworld`:
 
@@ -57,9 +58,10 @@ are in `jaxbake.smallworld`:
     python -m jaxbake.smallworld.train --out RUN --tokens {tokens} --stages {stages} --seed 0
     python -m jaxbake.smallworld.export --run RUN --out DIR
 
-The tokenizer comes out the same to the byte. The weights do not: this run followed the clock (`--minutes`), and batch
-size ({batches}) and the first stages' mixture were adjusted while it ran; the command repeats the recipe in its final
-form. `training.json` has the record.
+The tokenizer comes out the same to the byte. The weights do not: this run followed the clock (`--minutes`) and was
+continued from its checkpoints with changes on the way, in batch size ({batches}), in the
+mixtures of the stages, and in how not knowing is put (before step 3,230 just "I do not know."). The command repeats the
+recipe in its final form. `training.json` has the record.
 """
 
 
