@@ -1,4 +1,4 @@
-"""Asking a model many questions, in chunks, each distinct one once."""
+"""Asking a model many questions, each distinct one once."""
 
 from __future__ import annotations
 
@@ -47,13 +47,7 @@ def ask(
     """The greedy reply to every item, behind a system prompt if one is given (before the item's own)."""
     keys = [json.dumps(item.messages, sort_keys=True) for item in items]
     distinct = dict(zip(keys, (list(item.messages) for item in items), strict=True))
-    order = sorted(distinct, key=len)  # like lengths together: less padding, and few shapes to compile
-    replies: dict[str, str] = {}
-    for at in range(0, len(order), batch_size):
-        chunk = order[at : at + batch_size]
-        turns = [distinct[key] for key in chunk]
-        texts = sample(base, turns, delta, system, max_tokens=max_tokens, batch_size=batch_size)
-        replies |= zip(chunk, texts, strict=True)
-        done = round(len(items) * len(replies) / len(order))
-        progress(STAGE, done, len(items), {"asking": what} if what else {})
+    texts = sample(base, list(distinct.values()), delta, system, max_tokens=max_tokens, batch_size=batch_size)
+    replies = dict(zip(distinct, texts, strict=True))
+    progress(STAGE, len(items), len(items), {"asking": what} if what else {})
     return [replies[key] for key in keys]

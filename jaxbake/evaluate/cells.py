@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxbake.deltas.lora import with_strength
 from jaxbake.errors import JaxbakeError
 from jaxbake.evaluate.ask import Part, Progress, ask, silent
 from jaxbake.evaluate.items import Item, is_correct, user
@@ -101,9 +102,10 @@ def four_cells(
         raise JaxbakeError("the four cells need at least one question")
     if not prompt.strip():
         raise JaxbakeError("the four cells need the prompt that was baked; it is empty")
+    without = with_strength(delta, 0.0)  # bit for bit the base, by the program that serves the baked model too
     ways = {
-        "base": (None, None),
-        "prompted": (None, prompt),
+        "base": (without, None),
+        "prompted": (without, prompt),
         "baked": (delta, None),
         "baked_prompted": (delta, prompt),
     }

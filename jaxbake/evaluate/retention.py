@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jaxbake.data.chat import example_from_response, prefix_ids
+from jaxbake.deltas.lora import with_strength
 from jaxbake.evaluate.ask import STAGE, Part, Progress, ask, silent
 from jaxbake.evaluate.fidelity import fidelity
 from jaxbake.evaluate.items import Item, accuracy, from_smallworld
 from jaxbake.sampling import sample_ids
-
-_UNRELATED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ def retention(
         options = {"max_tokens": max_tokens, "batch_size": batch_size, "progress": part, "what": what}
         return accuracy(items, ask(base, with_delta, items, system=system, **options))
 
+    without = with_strength(delta, 0.0)  # bit for bit the base, by the program that serves the baked model too
     found: dict[str, dict[str, float]] = {}
     for name, items, behind_prompt in (
         ("abilities", material.abilities, False),
@@ -106,11 +106,12 @@ def retention(
         if not items:
             continue
         what = name.replace("_", " ")
-        found[name] = {"base": rate(items, None, None, f"{what}, base")}
+        found[name] = {"base": rate(items, without, None, f"{what}, base")}
         if behind_prompt:
-            found[name]["prompted"] = rate(items, None, prompt, f"{what}, prompted")
+            found[name]["prompted"] = rate(items, without, prompt, f"{what}, prompted")
         found[name]["baked"] = rate(items, delta, None, f"{what}, baked")
-    kl = unrelated_kl(base, delta, material.unrelated, progress=Part(progress, done, total))
+    part = Part(progress, done, total)
+    kl = unrelated_kl(base, delta, material.unrelated, max_tokens=max_tokens, batch_size=batch_size, progress=part)
     counts = {
         name: len(getattr(material, name))
         for name in ("abilities", "unknowns", "other_prompts", "unrelated")
@@ -120,13 +121,20 @@ def retention(
 
 
 def unrelated_kl(
-    base: Any, delta: Any, turns: Sequence[str], *, seed: int = 0, progress: Progress = silent
+    base: Any,
+    delta: Any,
+    turns: Sequence[str],
+    *,
+    max_tokens: int = 64,
+    batch_size: int = 64,
+    progress: Progress = silent,
 ) -> float | None:
-    """KL(base || baked) per token over responses of the base to user turns, neither prompted; None for no turns."""
+    """KL(base || baked) per token over the base's greedy replies to user turns, neither prompted; None for no turns."""
     if not turns:
         return None
     prompts = [prefix_ids(base.tokenizer, None, turn) for turn in turns]
-    responses = sample_ids(base, prompts, seed=seed, max_tokens=_UNRELATED_TOKENS, temperature=1.0)
+    without = with_strength(delta, 0.0)
+    responses = sample_ids(base, prompts, without, max_tokens=max_tokens, temperature=0.0, batch_size=batch_size)
     examples = [
         example_from_response(base.tokenizer, kind="pin", prompt=None, messages=turn, response_ids=response.tokens)
         for turn, response in zip(turns, responses, strict=True)

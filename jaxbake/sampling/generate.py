@@ -29,6 +29,10 @@ class Generation:
     finished: bool
 
 
+SHORTEST = 32
+"""Prompts are padded to at least so many tokens, so that most short ones share compiled code."""
+
+
 def bucket(size: int, smallest: int = 8) -> int:
     """The next of 8, 12, 16, 24, 32, 48, ...: few shapes to compile, at most a third of each unused."""
     step = smallest
@@ -137,7 +141,7 @@ def prepare(
         if not 0 <= seen <= length:
             raise JaxbakeError(f"prefix_visible: {seen} for prompt {i}; the shared prefix has {length} tokens")
     check_room(prompts, visible, max_tokens, config)
-    b, t = bucket(n, 1), bucket(max(min_length, *(len(prompt) for prompt in prompts)))
+    b, t = bucket(n, 1), bucket(max(min_length, *(len(prompt) for prompt in prompts)), SHORTEST)
     tokens, keys = np.zeros((b, t), np.int32), np.zeros((b, 2), np.uint32)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         tokens[i, t - len(prompt) :] = prompt

@@ -71,6 +71,8 @@ def sample_ids(
 ) -> list[Generation]:
     """As `sample` with token ids in and `Generation`s out: rows sorted by length into batches, what all prompts begin
     with computed once. `options` as for `generate`.
+
+    Batches of one call have one shape, the longest prompt's: to compile costs more than to compute some padding.
     """
     if batch_size < 1:
         raise JaxbakeError(f"batch_size: {batch_size} must be at least 1")
@@ -85,9 +87,12 @@ def sample_ids(
     else:
         common = 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    options.setdefault("min_length", max(map(len, prompts), default=0) - common)
     results: list[Any] = [None] * len(prompts)
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
+        if at:
+            rows += rows[-1:] * (batch_size - len(rows))  # a last batch is filled up with its own last row
         generations = generate(
             base.params, delta, [prompts[i][common:] for i in rows], config=base.config,
             seeds=[(seed << 32) + i for i in rows], **options,
