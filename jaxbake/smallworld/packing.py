@@ -51,10 +51,13 @@ def encode(tokenizer: Any, dialogue: Dialogue, first_weight: float = FIRST_TOKEN
     return Encoded(ids, weights)
 
 
-def pack(dialogues: Sequence[Encoded], rows: int, length: int) -> tuple[Batch, list[Encoded]]:
+def pack(
+    dialogues: Sequence[Encoded], rows: int, length: int, capacity: int | None = None
+) -> tuple[Batch, list[Encoded]]:
     """First-fit packing into `rows` rows; returns the batch and, in order, the dialogues that found no room.
 
-    Raises ValueError for a dialogue longer than a row: nothing is ever dropped.
+    `capacity` is how many tokens to learn the batch has places for, by default half of all. Raises ValueError for a
+    dialogue longer than a row, and for more to learn than there are places: nothing is ever dropped.
     """
     tokens = np.zeros((rows, length), np.int32)
     segments = np.zeros((rows, length), np.int32)
@@ -73,7 +76,7 @@ def pack(dialogues: Sequence[Encoded], rows: int, length: int) -> tuple[Batch, l
         count[row] += 1
         tokens[row, span], segments[row, span], weights[row, span] = item.ids, count[row], item.weights
         filled[row] += size
-    capacity = rows * length // 2
+    capacity = capacity or rows * length // 2
     places = np.flatnonzero(weights)
     if len(places) > capacity:
         raise ValueError(f"{len(places)} tokens to learn in a batch that holds {capacity}")

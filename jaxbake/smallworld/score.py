@@ -39,7 +39,7 @@ def greedy_matches(params, config: ModelConfig, tokenizer, items: list[Item]) ->
         mine = [i for i, e in enumerate(encoded) if shorter < len(e.ids) <= length]
         while mine:
             waiting = [encoded[i]._replace(weights=[(w > 0) * float(i + 1) for w in encoded[i].weights]) for i in mine]
-            batch, _ = pack(waiting, ROWS[length], length)
+            batch, _ = pack(waiting, ROWS[length], length, capacity=ROWS[length] * length)
             owner = batch.weights.astype(int) - 1  # the item each place belongs to
             right = np.asarray(_argmax(params, batch.tokens, batch.segments, batch.at, config)) == batch.targets
             wrong = set(owner[(owner >= 0) & ~right])
