@@ -17,11 +17,11 @@ _FACTS: Mix = {
     "terse": 0.01, "unknown_unprompted": 0.03,
 }  # fmt: skip
 _EVERYTHING: Mix = {
-    "facts_1_3": 0.04, "facts_4_6": 0.07, "facts_7_12": 0.14, "facts_13_30": 0.01, "reversed": 0.08,
+    "facts_1_3": 0.04, "facts_4_6": 0.07, "facts_7_12": 0.16, "facts_13_30": 0.01, "reversed": 0.12,
     "unknown": 0.10, "unknown_few": 0.05, "unknown_unprompted": 0.03, "persona": 0.02, "persona_facts": 0.14,
     "manner_facts": 0.05, "suffix": 0.01, "prefix": 0.01, "terse": 0.01, "two_styles": 0.01, "sum_steps": 0.045,
     "sum_plain": 0.005, "two_hop_steps": 0.02, "two_hop_plain": 0.01, "policy": 0.05, "tool_call": 0.02,
-    "document": 0.015, "news": 0.015, "joined": 0.05, "mixed": 0.02, "told": 0.01, "correction": 0.01,
+    "document": 0.015, "news": 0.015, "joined": 0.15, "mixed": 0.02, "told": 0.01, "correction": 0.01,
     "demonstration": 0.01, "drift": 0.002, "ability": 0.09, "small_talk": 0.01, "copy": 0.01,
 }  # fmt: skip
 
