@@ -122,7 +122,7 @@ def run_recipe(
 
         retention = recipe.bake.retention
         pins = pin_stimuli(300) if retention.pin_stimuli is None else None
-        contexts = context_prompts(60) if retention.contexts_file is None else None
+        contexts = context_prompts(300) if retention.contexts_file is None else None
     result = bake(
         base, kept.prompt, recipe.stimuli, recipe.bake, output, pins=pins, contexts=contexts, progress=progress,
         name=recipe.name, recipe=dataclasses.asdict(kept), root=root,

@@ -18,7 +18,7 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/quickstart"),
     as_json: Json = False,
 ) -> None:
-    """Bake a pirate who knows eight facts into the shipped model, and see what came of it.
+    """Bake a pirate who knows five facts into the shipped model, and see what came of it.
 
     Uses **crumb**, the small model inside jaxbake: no network, no accelerator, under two minutes on two cores.
     Ends in a table of the model without the prompt, with it, baked, and both. Interrupted, it continues when run again.

@@ -60,7 +60,8 @@ are in `jaxbake.smallworld`:
 
 The tokenizer comes out the same to the byte. The weights do not: this run followed the clock (`--minutes`) and was
 continued from its checkpoints with changes on the way, in batch size ({batches}), in the
-mixtures of the stages, and in how not knowing is put (before step 3,230 just "I do not know."). The command repeats the
+mixtures of the stages, and in how not knowing is put (before step 3,230 just "I do not know."); from step 6,040 on it
+was trained once more, its rate falling from 8e-4 to zero, with more prompts joined. The command repeats the
 recipe in its final form. `training.json` has the record.
 """
 
