@@ -49,7 +49,7 @@ prompt brings is the difference.
 
 ## How it was made
 
-{tokens:,} tokens in {steps:,} steps in one run on two shared CPU cores: Muon on the matrices, Adam on embeddings and
+{tokens:,} tokens in {steps:,} steps on two shared CPU cores: Muon on the matrices, Adam on embeddings and
 norms, learning rate 3e-3 falling linearly to zero over the last 40 %; loss on answers only; a curriculum from copying,
 over facts, to everything. The tokenizer is byte-level BPE with digits split. The generator, the trainer and the seed
 are in `jaxbake.smallworld`:
