@@ -20,7 +20,7 @@ def quickstart(
 ) -> None:
     """Bake a pirate who knows five facts into the shipped model, and see what came of it.
 
-    Uses **crumb**, the small model inside jaxbake: no network, no accelerator, under two minutes on two cores.
+    Uses **crumb**, the small model inside jaxbake: no network, no accelerator, some minutes on two cores.
     Ends in a table of the model without the prompt, with it, baked, and both. Interrupted, it continues when run again.
 
     Example:
