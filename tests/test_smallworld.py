@@ -21,7 +21,7 @@ from jaxbake.smallworld.blocks import draw_facts
 from jaxbake.smallworld.curriculum import STAGES, draw_dialogue
 from jaxbake.smallworld.manner import PERSONAS, QA, Manner, draw_manner
 from jaxbake.smallworld.scene import prompt_text
-from jaxbake.smallworld.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from jaxbake.smallworld.tokenizer import CHAT_TEMPLATE, corpus, train_tokenizer
 from jaxbake.smallworld.wording import Source
 from jaxbake.smallworld.world import FAMILIES, make_dialogue
 
@@ -133,8 +133,12 @@ def test_the_tokenizer_gives_every_text_back(hf_tokenizer):
     assert hf_tokenizer.convert_ids_to_tokens(hf_tokenizer("385")["input_ids"])[-3:] == ["3", "8", "5"]
 
 
-def test_the_tokenizer_can_be_made_again(tokenizer):
-    assert train_tokenizer(0).to_str() == tokenizer.to_str()
+def test_a_tokenizer_can_be_trained_again_and_the_one_that_ships_fits_the_world_as_well(tokenizer):
+    fresh = train_tokenizer(0, 5000)
+    assert train_tokenizer(0, 5000).to_str() == fresh.to_str() != train_tokenizer(1, 5000).to_str()
+    texts = corpus(1, 500)
+    shipped, best = (sum(len(t.encode(text).ids) for text in texts) for t in (tokenizer, fresh))
+    assert shipped <= 1.05 * best
 
 
 def test_the_chat_template_agrees_with_training_and_is_prefix_stable(hf_tokenizer, tokenizer):

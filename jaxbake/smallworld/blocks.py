@@ -166,6 +166,8 @@ _CLAIM_WORDINGS = (
     "{n}: a {m} {i} from {k}.", "a {m} {i} came from {k}. What now?", "{k} sent a {m} {i}. What do we do?",
     "what about the {n} of {k}, a {m} {i}?", "please decide the {n}: {m} {i}, sent by {k}.",
 )  # fmt: skip
+_RULES = ("For {c}, {a}.", "For {c}, {a}.", "{c}: {a}.", "With {c}, {a}.")
+ANYTHING_ELSE = "anything else"
 
 
 def draw_policy(source: Source) -> Policy:
@@ -175,30 +177,28 @@ def draw_policy(source: Source) -> Policy:
     actions = source.rng.sample(_ACTIONS, len(materials) + 1)
     rules = tuple(zip(materials, actions, strict=False))
     exception = (source.name(), source.pick(_ACTIONS)) if source.chance(0.6) else None
-    parts = [f"{capital(noun)} rules: " + ", ".join(f"{a} {m}" for m, a in rules) + "."]
-    wording = source.pick(("{a} anything else.", "Otherwise {a} it.", "If not listed, {a} it."))
-    parts.append(capital(wording.format(a=actions[-1])))
+    cases = [*rules, (ANYTHING_ELSE, actions[-1]), *([exception] if exception else [])]
+    form = source.pick(_RULES)
+    sentences = [capital(form.format(c=case, a=action)) for case, action in cases]
     if exception:
-        wording = source.pick(("Exception: always {a} what {k} sends.", "But from {k}, always {a} it."))
-        parts.append(wording.format(k=exception[0], a=exception[1]))
-    return Policy(" ".join(parts), noun, rules, actions[-1], exception)
+        sentences[-1] = source.pick(("Exception: {s}", "Always: {s}", "Above all: {s}")).format(s=sentences[-1])
+    return Policy(_layout(source, sentences, (f"{capital(noun)} rules:",)), noun, rules, actions[-1], exception)
 
 
 def ask_policy(source: Source, policy: Policy) -> QA:
-    """A case to decide; the answer gives the reason before the decision."""
+    """A case to decide; the answer gives the reason, then the rule that applies, and decides last."""
     listed = dict(policy.rules)
     sender = policy.exception[0] if policy.exception and source.chance(0.3) else source.name()
     others = [m for m in MATERIALS if m not in listed]
     material = source.pick(others) if source.chance(0.3) else source.pick(list(listed))
     question = source.ask(_CLAIM_WORDINGS, n=policy.noun, m=material, i=source.pick(_ITEMS), k=sender)
-    reason = f"The {policy.noun} is {material} from {sender}"
     if policy.exception and sender == policy.exception[0]:
-        action, note = policy.exception[1], ", the exception"
+        case, action = policy.exception
     elif material in listed:
-        action, note = listed[material], ""
+        case, action = material, listed[material]
     else:
-        action, note = policy.default, ", not listed"
-    return QA(question, f"{reason}{note}. {capital(action)}.", f"{capital(action)}.")
+        case, action = ANYTHING_ELSE, policy.default
+    return QA(question, f"The {policy.noun} is {material} from {sender}. For {case}, {action}.", f"{capital(action)}.")
 
 
 _TOOLS = {

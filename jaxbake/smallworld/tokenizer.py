@@ -1,6 +1,9 @@
 """crumb's tokenizer: byte-level BPE of 1,024 tokens, digits split, trained on the small world; and its chat template.
 
 python -m jaxbake.smallworld.tokenizer --out DIR [--seed 0]
+
+The tokenizer that ships was trained once, on the small world as it was worded then; the weights belong to it, so it
+stays while the wording moves on.
 """
 
 from __future__ import annotations
@@ -8,20 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 from pathlib import Path
 
-from jaxbake.smallworld.blocks import UNKNOWN
-from jaxbake.smallworld.curriculum import CORPUS, draw_from
+from jaxbake.smallworld.curriculum import STAGES, draw_dialogue
 
 PAD, END, SYSTEM, USER, ASSISTANT, TOOL = SPECIAL = (
     "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
 )  # fmt: skip
 VOCAB = 1024
 DIALOGUES = 40_000
-
-# Not knowing was said without repeating the key when the tokenizer was trained.
-_LATER_ANSWER = re.compile(r"The [^.!]* is something I do not know\.")
 
 _WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -62,8 +60,8 @@ CHAT_TEMPLATE = """\
 def corpus(seed: int, dialogues: int = DIALOGUES) -> list[str]:
     """Texts to learn the merges from: the contents of dialogues of every stage, training names only."""
     rng = random.Random(seed)
-    drawn = (m["content"] for i in range(dialogues) for m in draw_from(rng, CORPUS[i % 4]).messages)
-    return [_LATER_ANSWER.sub(UNKNOWN, text) for text in drawn]
+    stages = len(STAGES)
+    return [m["content"] for i in range(dialogues) for m in draw_dialogue(rng, i % stages).messages]
 
 
 def train_tokenizer(seed: int = 0, dialogues: int = DIALOGUES):
