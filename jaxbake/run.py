@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxbake.bake.folder import DELTA, TRAJECTORIES
 from jaxbake.bake.loop import bake
+from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bakery.card import sha256
 from jaxbake.bakery.store import load_delta
@@ -116,16 +117,9 @@ def run_recipe(
         return found
     items = _items(recipe, root)  # before the work, so that a fault in it shows at once
     base = load(recipe.model, dtype=recipe.dtype)
-    pins = contexts = None
-    if _is_crumb(base):  # the shipped turns and prompts are plain English, of which crumb makes nothing
-        from jaxbake.smallworld.items import context_prompts, pin_stimuli
-
-        retention = recipe.bake.retention
-        pins = pin_stimuli(300) if retention.pin_stimuli is None else None
-        contexts = context_prompts(300) if retention.contexts_file is None else None
     result = bake(
-        base, kept.prompt, recipe.stimuli, recipe.bake, output, pins=pins, contexts=contexts, progress=progress,
-        name=recipe.name, recipe=dataclasses.asdict(kept), root=root,
+        base, kept.prompt, recipe.stimuli, recipe.bake, output, progress=progress, name=recipe.name,
+        recipe=dataclasses.asdict(kept), root=root,
     )  # fmt: skip
     write_whole(output / RECIPE, dump_recipe(kept))
     save_peft(result.delta, base, output / PEFT, card=result.card)
@@ -168,7 +162,7 @@ def evaluate_model(
     change = None if delta is None else load_delta(delta, base)[0]
     if items is not None:
         return score_items(base, change, items, system=system, progress=progress or silent)
-    if not _is_crumb(base):
+    if not is_crumb(base):
         raise JaxbakeError(f"{name}: nothing is known of what it should answer; give --questions")
     if system is not None:
         raise JaxbakeError("--system goes with --questions; crumb's own questions bring their prompts")
@@ -215,10 +209,6 @@ def _finished(recipe: Recipe, folder: Path, key: str) -> Outcome | None:
     return Outcome(recipe, folder, Evaluation.from_dict(kept), kept["seconds"], reused=True)
 
 
-def _is_crumb(base: Base) -> bool:
-    return base.folder.resolve() == CRUMB.resolve()
-
-
 def _items(recipe: Recipe, root: Path) -> list:
     settings = recipe.evaluation
     return load_items(root / settings.file, settings.match, settings.limit) if settings.file else []
@@ -229,7 +219,7 @@ def _measure(
 ) -> Evaluation:
     """All measurements there is material for; `root` is what the recipe's files are relative to."""
     settings = recipe.evaluation
-    if _is_crumb(base) and settings.abilities is None:
+    if is_crumb(base) and settings.abilities is None:
         material = smallworld_material(settings.limit or _KEPT)
     else:
         abilities = load_items(root / settings.abilities) if settings.abilities else []

@@ -13,6 +13,7 @@ import jax
 
 from jaxbake.bake import folder as layout
 from jaxbake.bake.folder import claim, read_metrics
+from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.rollout import collect, write_stimuli
 from jaxbake.bake.train import train
@@ -20,14 +21,12 @@ from jaxbake.bakery.card import Card, make_card, sha256
 from jaxbake.bakery.store import load_delta, save_delta
 from jaxbake.config import BakeConfig, StimuliConfig
 from jaxbake.data.chat import Example, example_from_response, prefix_ids, template_hash
-from jaxbake.data.stimuli import deduplicate, load_contexts, load_pins, load_stimuli, split_held_out
+from jaxbake.data.stimuli import deduplicate, load_stimuli, split_held_out
 from jaxbake.data.trajectories import TrajectoryStore, fingerprint, plan_requests
 from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import read_json, write_whole
 from jaxbake.models.base import Base
-
-Contexts = Sequence[tuple[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def bake(
       config: settings of delta, sampling, retention rows, loss, optimizer and loop.
       output: folder for trajectories, checkpoints, metrics and the delta. The same call with the same folder continues
         a bake that was interrupted, bitwise, and returns one that was finished. None writes nothing.
-      pins: user turns on which nothing may change; by default `config.retention.pin_stimuli`, or the shipped ones.
+      pins: user turns on which nothing may change; by default those of `config.retention.pin_stimuli`, or shipped ones.
       contexts: other prompts with their user turns, whose reading is to be kept; by default
         `config.retention.contexts_file`, or those of the shipped ones that fit the model's context.
       progress: called as work advances.
@@ -95,10 +94,8 @@ def bake(
     progress, root = progress or silent, Path(root)
     prompt = _check(base, prompt, config)
     given, generate = _given(stimuli, root)
-    if pins is None:
-        pins = load_pins(_under(root, config.retention.pin_stimuli)) if config.retention.pins else []
-    if contexts is None:
-        contexts = _contexts(base, prompt, config, root) if config.retention.contexts else []
+    pins = pins_for(base, config, root) if pins is None else pins
+    contexts = contexts_for(base, prompt, config, root) if contexts is None else contexts
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if output is None else output)
         identity = {
@@ -166,20 +163,6 @@ def _given(stimuli: Any, root: Path) -> tuple[list[str], Any]:
     if not given and not generate:
         raise JaxbakeError("stimuli: there are none; give items, a file, a dataset, or generate.count")
     return given, generate
-
-
-def _under(root: Path, path: str | None) -> Path | None:
-    return None if path is None else root / path
-
-
-def _contexts(base: Base, prompt: str, config: BakeConfig, root: Path) -> Contexts:
-    """Those of the recipe's file; else the shipped ones that leave room for a response in the model's context."""
-    contexts = load_contexts(_under(root, config.retention.contexts_file))
-    if config.retention.contexts_file is not None:
-        return contexts
-    room = base.config.max_positions - config.sampling.max_tokens - len(prefix_ids(base.tokenizer, prompt, ""))
-    longest = {text: max(turns, key=len) for text, turns in contexts}
-    return [(text, turns) for text, turns in contexts if len(prefix_ids(base.tokenizer, text, longest[text])) < room]
 
 
 def _decisive(config: BakeConfig) -> dict[str, Any]:
