@@ -14,6 +14,14 @@ class TrainingDiverged(JaxbakeError):
     """The loss became NaN or infinite; the last good state has been kept."""
 
 
+class Preempted(Exception):
+    """SIGTERM came; everything is saved, and the same command continues."""
+
+
+class PeerLost(Exception):
+    """Another process of the bake is gone or cannot be reached."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint naming the closest known word, or the known words when none is close."""
     known = list(known)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.config import GenerateConfig, SamplingConfig
 from jaxbake.data.chat import prefix_ids, system_prompts
 from jaxbake.data.stimuli import deduplicate, parse_generated, seed_requests
 from jaxbake.data.trajectories import Request, Trajectory, TrajectoryStore
-from jaxbake.errors import JaxbakeError
+from jaxbake.errors import JaxbakeError, Preempted
 from jaxbake.models.base import Base
 from jaxbake.sampling import Generation, generate, sample_ids, shared_prefix
 from jaxbake.sampling.text import SHARE_FROM, common_prefix, response_text
@@ -32,7 +33,7 @@ def collect(
     group of requests, those of like length together; it is written whole when it is done, so a collection that was
     killed and run again ends with the same responses.
 
-    Raises JaxbakeError where a request and its response cannot fit the model's context.
+    Raises JaxbakeError where a request and its response cannot fit the model's context, Preempted after a SIGTERM.
     """
     if not requests:
         return
@@ -66,6 +67,8 @@ def collect(
         store.write_part([_trajectory(base, requests[i], generation, sampling.stop) for i, generation in drawn])
         finished += len(group)
         progress("sample", finished, len(requests), {})
+        if finished < len(requests) and hosts.stop_asked():
+            raise Preempted(f"{finished} of {len(requests)} responses are kept")
 
 
 def write_stimuli(

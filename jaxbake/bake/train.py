@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.bake import folder as layout
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog
@@ -25,7 +26,7 @@ from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Batches, View, shared_prefix
 from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta
-from jaxbake.errors import JaxbakeError, TrainingDiverged
+from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
@@ -120,7 +121,8 @@ def train(
 ) -> Trained:
     """Trains a delta on the examples, or goes on from the folder's newest checkpoint, bitwise as if never stopped.
 
-    Without a folder nothing is written. Raises TrainingDiverged where a loss is not finite; its attribute `delta` is
+    Without a folder nothing is written. Raises Preempted once everything is saved after a SIGTERM (see
+    `hosts.start`), and TrainingDiverged where a loss is not finite; its attribute `delta` is
     the last good one, and the folder's newest checkpoint its state.
     """
     shared = shared_prefix([*examples, *held_out])
@@ -186,10 +188,15 @@ def train(
                 held = evaluate(state.delta)
                 settle(keep=0, more=held)
                 best.see(held["held_out_kl"], n, state.delta.factors if settings.patience else None)
-            if checkpoints and (last or n % settings.checkpoint_every == 0):
+            leave = not last and hosts.stop_asked()
+            if checkpoints and (last or leave or n % settings.checkpoint_every == 0):
                 settle(keep=0)
                 checkpoints.save(state, best.factors, best.cursor())
             settle(keep=1)
+            if leave:
+                raise Preempted(
+                    f"step {n} is saved" if checkpoints else f"step {n} is lost, no output folder was given"
+                )
     if settings.patience:
         return Trained(state.delta.replace(factors=best.factors), best.step, log.rows)
     return Trained(state.delta, n, log.rows)

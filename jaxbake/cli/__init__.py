@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from jaxbake.errors import JaxbakeError
+from jaxbake.errors import JaxbakeError, PeerLost, Preempted
+
+PREEMPTED, PEER_LOST = 75, 69
+"""Exit codes beside 0, 2 and 130; `jaxbake.hosts` has the table."""
 
 _RESUMABLE = ("quickstart", "bake")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -28,10 +31,22 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             again = "; run the same command to continue" if ctx.invoked_subcommand in _RESUMABLE else ""
             _leave(f"\njaxbake: interrupted{again}", 130)
+        except Preempted as error:
+            _leave(f"jaxbake: preempted; {error}; run the same command to continue", PREEMPTED)
         except OSError as error:
             if error.errno not in _DISK:
                 raise
             _leave(f"jaxbake: {error.filename or 'file'}: {error.strerror}", 2)
+        except (PeerLost, RuntimeError) as error:  # jax's own errors are RuntimeErrors
+            from jaxbake import hosts
+
+            if not hosts.lost(error):
+                raise
+            said = next(iter(str(error).strip().splitlines()), "")[:200]
+            print(
+                f"jaxbake: another process of this bake is gone ({said}); start all again", file=sys.stderr, flush=True
+            )
+            os._exit(PEER_LOST)  # to say goodbye to those that are gone would take minutes, and end in an abort
 
 
 def _leave(message: str, code: int):

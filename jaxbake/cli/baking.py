@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
 
+HOSTS = "Several processes (a pod)"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 
 
@@ -42,31 +44,77 @@ def bake(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write to. [default: the recipe's output/name]")
     ] = None,
+    pod: Annotated[
+        bool, typer.Option("--pod", help="One host of a TPU pod or Slurm job; all is detected.", rich_help_panel=HOSTS)
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--coordinator", metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=HOSTS,
+            envvar=["JAXBAKE_COORDINATOR", "JAX_COORDINATOR_ADDRESS"],
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, help="How many processes bake together.", rich_help_panel=HOSTS,
+            envvar=["JAXBAKE_PROCESSES", "JAX_NUM_PROCESSES"],
+        ),
+    ] = None,
+    process: Annotated[
+        int | None,
+        typer.Option(
+            "--process", min=0, help="Which of them this one is, from 0.", rich_help_panel=HOSTS,
+            envvar=["JAXBAKE_PROCESS", "JAX_PROCESS_ID"],
+        ),
+    ] = None,
+    preemptible: Annotated[
+        bool,
+        typer.Option("--preemptible", help="Refuse to start where SIGTERM would lose work.", rich_help_panel=HOSTS),
+    ] = False,
+    peer_timeout: Annotated[
+        int,
+        typer.Option(
+            "--peer-timeout", min=5, help="Seconds of silence until a process is taken for dead.",
+            rich_help_panel=HOSTS, envvar="JAXBAKE_PEER_TIMEOUT",
+        ),
+    ] = 100,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Bake the prompt of a recipe into its model: sample, train, evaluate, export.
 
     The output folder holds the delta with its card, the same delta for Hugging Face PEFT (peft/), the sampled
     trajectories, metrics.jsonl, evaluation.json, summary.md and plot.png. The same command continues an interrupted
-    bake exactly where it stopped.
+    bake exactly where it stopped. SIGTERM makes it save and leave with exit code 75; then run it again.
+
+    On several hosts every process runs the same command, with --pod or with --coordinator, --processes and --process;
+    the output folder must be one they all see.
 
     Examples:
 
       jaxbake bake configs/persona.yaml
 
       jaxbake bake configs/facts.yaml --set bake.lora.rank=8 --set bake.train.steps=100 --output runs/rank8
+
+      jaxbake bake configs/qwen3_8b_persona.yaml --pod --preemptible --output gs://bucket/captain
     """
-    _bake(recipe, overrides or [], output, as_json)
+    where = {"coordinator": coordinator, "processes": processes, "process": process, "pod": pod}
+    _bake(recipe, overrides or [], output, as_json, **where, preemptible=preemptible, peer_timeout=peer_timeout)
 
 
-def _bake(path: Path, overrides: list[str], output: Path | None, as_json: bool) -> None:
+def _bake(path: Path, overrides: list[str], output: Path | None, as_json: bool, **where: Any) -> None:
     from jaxbake.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
-    from jaxbake.run import run_recipe  # after the recipe is known to be right: this brings jax
+    from jaxbake import hosts  # after the recipe is known to be right: this brings jax
 
-    with show.Bars() as progress:
+    hosts.start(**where)
+    from jaxbake.run import run_recipe
+
+    with show.Bars() if hosts.is_first() else nullcontext() as progress:
         summary = run_recipe(recipe, path.parent, output, progress)
+    if not hosts.is_first():
+        return
     if as_json:
         show.print_json(summary.to_dict())
         return
