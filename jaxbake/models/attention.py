@@ -1,27 +1,111 @@
-"""Attention over several blocks of keys (shared prefix, cache, the row itself), joined by one softmax."""
+"""Attention over several blocks of keys (shared prefix, cache, the row itself), joined by one softmax.
+
+Which implementation runs is decided when a computation is traced, by the chip it is for and by what that chip's kernel
+can express; everything else goes to XLA:
+
+- TPU: the Pallas kernels of `models.flash`: bfloat16 or float32, at least 64 queries a row (so no decoding steps). All
+  masks, windows, soft caps and gradients.
+- GPU: cuDNN's flash attention: bfloat16 or float16, head size a multiple of 8 up to 128, no soft cap, at least 64
+  queries a row. The gradient through several blocks is XLA's.
+- CPU: XLA.
+
+A kernel is not split by the partitioner: arrays over several devices reach it through `jax.shard_map`, else XLA runs.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxbake.chip import Chip, chip
+from jaxbake.errors import JaxbakeError
+from jaxbake.models import flash
 from jaxbake.models.linear import einsum
 
 MASKED = -1e30
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
+FEWEST_QUERIES = 64
+
+
+class Seen(NamedTuple):
+    """Which keys of a block each query sees: those of its own segment at positions first <= p <= last. All int32.
+
+    last: [B, T]; first: likewise, or None for no bound. positions: of the keys, [B, S], or [S] for shared keys.
+    segments, key_segments: [B, T] and [B, S], or both None where segments do not matter.
+    """
+
+    last: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
+    first: jax.Array | None = None
+
+    def mask(self) -> jax.Array:
+        """The same as bool [B, T, S]."""
+        positions = self.positions[..., None, :]
+        seen = positions <= self.last[:, :, None]
+        if self.first is not None:
+            seen &= positions >= self.first[:, :, None]
+        if self.segments is not None:
+            seen &= self.segments[:, :, None] == self.key_segments[:, None, :]
+        return seen
 
 
 class Keys(NamedTuple):
     """One block of keys and values.
 
-    k, v: [B, S, K, H], or [S, K, H] when all rows share them (then they are never copied per row).
-    mask: bool [B, T, S], which keys each query sees.
+    k, v: [B, S, K, H], or [S, K, H] when all rows share them (then they are never copied per row, and one product
+    serves all rows).
     """
 
     k: jax.Array
     v: jax.Array
-    mask: jax.Array
+    seen: Seen
+
+
+def attend(
+    q_BTNH: jax.Array,
+    blocks: list[Keys],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Softmax attention of the queries over all blocks together; returns [B, T, N * H] in the queries' dtype.
+
+    Float32 softmax. Queries that see no key at all (padding) return finite values of no meaning.
+
+    implementation: "auto" (see above), "xla", "pallas" (interpreted where there is no TPU) or "cudnn".
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise JaxbakeError(f"attention implementation '{implementation}' is none of {', '.join(IMPLEMENTATIONS)}")
+    here = chip()
+    if implementation == "auto":
+        implementation = choose(here, q_BTNH, softcap)
+    match implementation:
+        case "pallas":
+            return flash.attend(
+                q_BTNH, blocks, scale=scale, softcap=softcap, kind=here.kind, interpret=here.platform != "tpu"
+            )
+        case "cudnn":
+            return attend_jax_nn(q_BTNH, blocks, scale=scale, library="cudnn")
+        case _:
+            return _attend_xla(q_BTNH, blocks, scale, softcap)
+
+
+def choose(here: Chip, q_BTNH: jax.Array, softcap: float | None) -> str:
+    """The implementation that "auto" stands for; the module's docstring has the rules."""
+    if not here.alone or q_BTNH.shape[1] < FEWEST_QUERIES:
+        return "xla"
+    if here.platform == "tpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float32):
+        return "pallas"
+    head = q_BTNH.shape[-1]
+    if here.platform == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and softcap is None:
+        return "cudnn" if head % 8 == 0 and head <= 128 else "xla"
+    return "xla"
 
 
 def _products(left_BKGTX: jax.Array, right: jax.Array, spec: str) -> jax.Array:
@@ -38,11 +122,7 @@ def _products(left_BKGTX: jax.Array, right: jax.Array, spec: str) -> jax.Array:
     return einsum(spec, rows, right.reshape(b * k, *right.shape[2:])).reshape(b, k, g, t, -1)
 
 
-def attend(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, softcap: float | None = None) -> jax.Array:
-    """Softmax attention of the queries over all blocks together; returns [B, T, N * H] in the queries' dtype.
-
-    Float32 softmax. Queries that see no key at all (padding) return finite values of no meaning.
-    """
+def _attend_xla(q_BTNH: jax.Array, blocks: list[Keys], scale: float, softcap: float | None) -> jax.Array:
     b, t, n, h = q_BTNH.shape
     kv_heads = blocks[0].k.shape[-2]
     q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
@@ -52,7 +132,7 @@ def attend(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, softcap: floa
         score = score.astype(jnp.promote_types(score.dtype, jnp.float32)) * scale
         if softcap is not None:
             score = softcap * jnp.tanh(score / softcap)
-        logits.append(jnp.where(block.mask[:, None, None], score, MASKED))
+        logits.append(jnp.where(block.seen.mask()[:, None, None], score, MASKED))
     peak = logits[0].max(-1, keepdims=True)
     for score in logits[1:]:
         peak = jnp.maximum(peak, score.max(-1, keepdims=True))
@@ -62,3 +142,49 @@ def attend(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, softcap: floa
     for block, w in zip(blocks, weights, strict=True):
         out = out + _products((w / total).astype(q.dtype), block.v.swapaxes(-3, -2), "bqs,bsh->bqh")
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
+
+
+def attend_jax_nn(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, library: str) -> jax.Array:
+    """`attend` by `jax.nn.dot_product_attention`, "cudnn" (or "xla", to test this by where there is no GPU)."""
+    if len(blocks) > 1 or blocks[0].k.ndim == 3:
+        return _join_jax_nn(scale, library, q_BTNH, blocks)
+    mask = blocks[0].seen.mask()[:, None]
+    out = jax.nn.dot_product_attention(q_BTNH, blocks[0].k, blocks[0].v, mask=mask, scale=scale, implementation=library)
+    return out.reshape(*q_BTNH.shape[:2], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _join_jax_nn(scale: float, library: str, q_BTNH: jax.Array, blocks: list[Keys]) -> jax.Array:
+    """Each block by itself, then joined by log-sum-exp; jax has no gradient through that, so it is `_attend_xla`'s."""
+    b, t, n, h = q_BTNH.shape
+    outs, peaks = [], []
+    for block in blocks:
+        q, k, v, mask = q_BTNH, block.k, block.v, block.seen.mask()
+        if k.ndim == 3:  # one product for all rows
+            q, k, v, mask = q.reshape(1, b * t, n, h), k[None], v[None], mask.reshape(1, b * t, -1)
+        out, peak = jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], scale=scale, implementation=library, return_residual=True
+        )
+        outs.append(out.reshape(b, t, n, h))
+        peaks.append(peak.reshape(b, t, n, 1).astype(jnp.float32))
+    joined = jax.nn.logsumexp(jnp.stack(peaks), 0)
+    out = sum(jnp.exp(peak - joined) * out.astype(jnp.float32) for peak, out in zip(peaks, outs, strict=True))
+    return out.astype(q_BTNH.dtype).reshape(b, t, n * h)
+
+
+def _join_jax_nn_fwd(scale, library, q_BTNH, blocks):
+    return _join_jax_nn(scale, library, q_BTNH, blocks), (q_BTNH, blocks)
+
+
+def _join_jax_nn_bwd(scale, library, saved, grad):
+    q, blocks = saved
+
+    def again(q, keys):
+        made = [block._replace(k=k, v=v) for block, (k, v) in zip(blocks, keys, strict=True)]
+        return _attend_xla(q, made, scale, None)
+
+    dq, dkeys = jax.vjp(again, q, [(block.k, block.v) for block in blocks])[1](grad)
+    return dq, [Keys(dk, dv, None) for dk, dv in dkeys]
+
+
+_join_jax_nn.defvjp(_join_jax_nn_fwd, _join_jax_nn_bwd)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake.models import rope
-from jaxbake.models.attention import Keys, attend
+from jaxbake.models.attention import Keys, Seen, attend
 from jaxbake.models.linear import einsum, linear
 from jaxbake.models.spec import ModelConfig
 
@@ -132,20 +132,12 @@ def forward_kv(
     if prefix is not None and prefix_visible is None:
         raise ValueError("a prefix needs prefix_visible: how many of its tokens each token sees")
 
-    def seen(key_positions, key_segments):
-        same = segments[:, :, None] == key_segments[:, None, :]
-        return same & (key_positions[:, None, :] <= positions[:, :, None])
-
-    def distance(key_positions):
-        return positions[:, :, None] - key_positions[:, None, :]
-
-    blocks = []  # (mask, distance) of each block of keys, in the order of `keys_of`
+    blocks = []  # what the queries see of each block of keys, in the order of `memory`, the rows' own last
     if prefix is not None:
-        prefix_positions = jnp.arange(prefix.length)[None]
-        blocks.append((prefix_positions[:, None] < prefix_visible[:, :, None], distance(prefix_positions)))
+        blocks.append(Seen(prefix_visible - 1, jnp.arange(prefix.length)))
     if cache is not None:
-        blocks.append((seen(cache.positions, cache.segments), distance(cache.positions)))
-    blocks.append((seen(positions, segments), distance(positions)))
+        blocks.append(Seen(positions, cache.positions, segments, cache.segments))
+    blocks.append(Seen(positions, positions, segments, segments))
 
     x = jnp.take(params["embed_tokens"], tokens_BT, axis=0)
     if config.embed_scale != 1.0:
@@ -174,8 +166,8 @@ def forward_kv(
         table = (cos[0], sin[0]) if len(config.ropes) == 1 else (cos[info["rope"]], sin[info["rope"]])
         q, k = rope.rotate(q, *table), rope.rotate(k, *table)
         keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
-        masks = [m & (d < info["window"]) if any(windows) else m for m, d in blocks]
-        seen_keys = [Keys(*kv, mask) for kv, mask in zip(keys, masks, strict=True)]
+        first = positions - info["window"] + 1 if any(windows) else None
+        seen_keys = [Keys(*kv, seen._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
         y = attend(q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
         y = linear(y, layer, "o_proj", factors, scale)
         x = x + (norm(y, "post_attention_layernorm") if after else y)
