@@ -99,4 +99,4 @@ def main() -> None:
     app()
 
 
-from jaxbake.cli import baking, deltas, talking  # noqa: E402, F401  (each adds its commands to `app`)
+from jaxbake.cli import baking, deltas, planning, talking  # noqa: E402, F401  (each adds its commands to `app`)
