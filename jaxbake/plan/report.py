@@ -10,36 +10,33 @@ from jaxbake.plan.search import missing
 _NAMES = {"online": "step, teacher online", "cached": "step, targets cached", "decode": "sampler, one token"}
 
 
-def gib(size: int | None) -> str:
-    """Bytes in GiB."""
-    return "-" if size is None else f"{size / 2**30:.2f} GiB"
-
-
-def traffic(bytes_: int) -> str:
-    """Bytes in the unit that suits them."""
+def size(count: float | None) -> str:
+    """Bytes in the unit that suits them; "-" where they are not known."""
+    if count is None:
+        return "-"
     for unit in ("B", "KiB", "MiB"):
-        if bytes_ < 1024:
-            return f"{bytes_:.0f} {unit}"
-        bytes_ /= 1024
-    return f"{bytes_:.1f} GiB"
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
 
 
 def rows_of(f: Figures) -> dict[str, str]:
     """The figures of a program, by what they are of."""
     memory = f.memory
     rows = {
-        "weights": gib(memory.weights),
-        "delta and optimizer": gib(memory.state),
-        "rows, prompt, targets": gib(memory.inputs),
-        "activations, temporary": gib(memory.temporary),
-        "peak": f"{gib(memory.peak)} of {gib(memory.hbm)}",
-        "fits": "yes" if f.fits else f"no, misses by {gib(memory.over)}",
+        "weights": size(memory.weights),
+        "delta and optimizer": size(memory.state),
+        "rows, prompt, targets": size(memory.inputs),
+        "activations, temporary": size(memory.temporary),
+        "peak": f"{size(memory.peak)} of {size(memory.hbm)}",
+        "fits": "yes" if f.fits else f"no, misses by {size(memory.over)}",
         "matmul FLOPs, all chips": f"{f.flops:.3g}",
         "estimated cycles": "-" if f.cycles is None else f"{f.cycles:.3g}",
         "share of the FLOP bound": "-" if f.share is None else f"{f.share:.0%}",
     }
     for kind, one in f.collectives.items():
-        rows[kind] = f"{one['count']} x, {traffic(one['bytes'])}"
+        rows[kind] = f"{one['count']} x, {size(one['bytes'])}"
     rows["compile time"] = f"{f.compile_seconds:.0f} s"
     return rows
 
@@ -93,7 +90,7 @@ def remarks(case: Case) -> list[str]:
     """What the estimate leaves out."""
     said = []
     if waiting := [f for f in case.figures if f.waiting.get("count")]:
-        counted = ", ".join(f"{f.waiting['count']} ({traffic(f.waiting['bytes'])}) in {f.program}" for f in waiting)
+        counted = ", ".join(f"{f.waiting['count']} ({size(f.waiting['bytes'])}) in {f.program}" for f in waiting)
         said.append(f"The compiler gives no cycles for collectives the program waits for: {counted}.")
     if any(f.unestimated for f in case.figures):
         kernels = ", ".join(f"{f.unestimated} in {f.program}" for f in case.figures if f.unestimated)
