@@ -54,6 +54,8 @@ acquire() {
                     die "could not ask for $ACCELERATOR_TYPE in $ZONE: ${said##*$'\n'}"
                 fi
                 say "$said"
+                since=$SECONDS
+                continue
                 ;;
             SUSPENDED)
                 rent_anew "$NAME was taken away"
