@@ -7,7 +7,7 @@ It keeps its state in the JSON file that GCLOUD_STAND_IN names. A test writes th
         polls        what asking the hosts gives, one after the other; the last stays: a list with "running" or
                      "exit CODE" for each host, or "dead" where one does not answer. A poll may be
                      {"hosts": ..., "states": [...]}: from then on `describe` says these
-        setup        false where setting up fails
+        setup        "dead" where a host never answers, "broken" where installing fails on hosts that do
     create_errors    messages with which `create` fails, one after the other
     delete_failures  how many times `delete` fails
 
@@ -89,10 +89,14 @@ def hosts(state: dict, found: dict, verb: str, flags: dict) -> str:
     """What scp and ssh to the machines give."""
     if verb == "scp" or "host.sh log" in flags["--command"]:
         return "Traceback: the bake's last words" if verb == "ssh" else ""
+    if found.get("setup") == "dead":
+        fail("[0] Command execution on worker 1 failed: no route to host")
     if "uv pip install" in flags["--command"]:
-        if not found.get("setup", True):
-            fail("[0] Command execution on worker 1 failed: no route to host")
+        if found.get("setup") == "broken":
+            fail("[0] Command execution on worker 0 failed: no matching distribution")
         return "jaxbake 0.1.0"
+    if flags["--command"] == "true":
+        return ""
     if "host.sh start" in flags["--command"]:
         found["started"] = True
         return "worker a running\nworker b running"

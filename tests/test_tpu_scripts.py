@@ -161,9 +161,20 @@ def test_a_dead_worker(cloud):
 
 def test_a_worker_that_never_comes_up(cloud):
     """Setting up fails on it."""
-    done = cloud.run("babysit", lives=[{"states": ["ACTIVE"], "setup": False}, {"states": ["ACTIVE"], "polls": [DONE]}])
+    done = cloud.run(
+        "babysit", lives=[{"states": ["ACTIVE"], "setup": "dead"}, {"states": ["ACTIVE"], "polls": [DONE]}]
+    )
     assert done.returncode == 0, done.stderr
     assert cloud.nothing_rented() and cloud.state["created"] == 2
+
+
+def test_what_cannot_be_installed_is_one_clear_error(cloud):
+    """Tried twice on the same machines, never on new ones."""
+    done = cloud.run("babysit", lives=[{"states": ["ACTIVE"], "setup": "broken"}])
+    assert done.returncode == 1
+    assert "no matching distribution" in done.stderr
+    assert "babysit.sh: setting up failed twice, though every host answers" in done.stderr
+    assert cloud.nothing_rented() and cloud.state["created"] == 1
 
 
 def test_a_lost_process_is_started_again(cloud):
@@ -222,7 +233,7 @@ def test_a_failed_step_gives_back_what_is_rented(cloud):
     done = cloud.run("wait")
     assert done.returncode == 1 and "the request failed: no space" in done.stderr
     assert cloud.nothing_rented()
-    assert cloud.run("create", lives=[{"states": ["ACTIVE"], "setup": False}]).returncode == 0
+    assert cloud.run("create", lives=[{"states": ["ACTIVE"], "setup": "broken"}]).returncode == 0
     assert cloud.run("wait").returncode == 0
     assert cloud.run("setup", "--keep").returncode == 1
     assert cloud.state["resource"] is not None

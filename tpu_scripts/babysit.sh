@@ -76,6 +76,17 @@ acquire() {
     done
 }
 
+# Installs and starts on every host; 1 where a machine is gone. What fails twice on machines that answer is an error.
+prepare() {
+    local try
+    for try in 1 2; do
+        "$HERE/setup.sh" "${flags[@]}" && "$HERE/run.sh" "${flags[@]}" && return 0
+        [[ $(state) == ACTIVE ]] && on_all true >/dev/null 2>&1 || return 1
+        say "setting up failed (try $try)"
+    done
+    die "setting up failed twice, though every host answers; what went wrong stands above"
+}
+
 # Sets `outcome`: finished, restart (the machines are there, a process is not), or lost (a machine is not).
 watch() {
     local silent=0 stragglers=0 now report codes
@@ -120,7 +131,7 @@ watch() {
 while true; do
     acquire
     outcome=lost
-    if "$HERE/setup.sh" "${flags[@]}" && "$HERE/run.sh" "${flags[@]}"; then
+    if prepare; then
         watch
     fi
     case $outcome in

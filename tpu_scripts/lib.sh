@@ -1,6 +1,10 @@
 # What all scripts share. Sourced, never run. (Every return has its number: in a trap, a bare one would give the old one.)
 # shellcheck shell=bash disable=SC2034  # its variables are for the scripts
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    echo "bash $BASH_VERSION is too old; these scripts need 4.4 or newer" >&2
+    exit 1
+fi
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
 DRY_RUN=0

@@ -62,7 +62,8 @@ def compile_case(request: Request) -> tuple[Case, int]:
             prefix, hidden = (None, inputs.teacher_hidden) if known else (inputs.prefix, None)
             arguments = (inputs.state, inputs.params, inputs.batch, prefix, hidden)
             tokens = sizes.rows * sizes.response
-        figures.append(_figures(program, function, arguments, static, inputs, topology, tokens))
+        with jax.set_mesh(mesh):  # what is traced must take these chips' kernels, not those of this machine
+            figures.append(_figures(program, function, arguments, static, inputs, topology, tokens))
     train, optimizer = request.bake.train, request.bake.optimizer
     return Case(describe(mesh), optimizer.accumulate, bool(train.remat), tuple(figures)), num_params(config)
 

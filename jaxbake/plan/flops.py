@@ -12,7 +12,7 @@ def matmul_flops(jaxpr: Any) -> int:
     """2 x the multiplications of every product in a (closed) jaxpr, loops multiplied out, recomputation included.
 
     A `while` loop whose length is not known counts once, of a `cond` the dearest branch. Hand-written kernels count
-    their products times their grid, blocks they skip included.
+    what they say of themselves (`cost_estimate`), else their products times their grid, skipped blocks included.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     return sum(_equation(eqn) for eqn in jaxpr.eqns)
@@ -22,6 +22,8 @@ def _equation(eqn: Any) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return dot_flops(eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, params["dimension_numbers"])
+    if name == "pallas_call" and (said := params.get("cost_estimate")) is not None:
+        return said.flops
     inner = [matmul_flops(j) for j in _jaxprs(params)]
     if not inner:
         return 0

@@ -105,6 +105,11 @@ def compile_elsewhere(request: Request) -> tuple[Case, int]:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise JaxbakeError(answer["error"])
+    return read_case(answer["case"]), answer["parameters"]
+
+
+def read_case(data: dict) -> Case:
+    """A case from what `dataclasses.asdict` makes of it."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Case).validate_python(answer["case"]), answer["parameters"]
+    return TypeAdapter(Case).validate_python(data)
