@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake.chip import chip
 from jaxbake.models import rope
 from jaxbake.models.attention import Keys, Seen, attend
-from jaxbake.models.linear import einsum, linear
+from jaxbake.models.linear import LINEAR, einsum, linear
 from jaxbake.models.spec import ModelConfig
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -99,6 +100,19 @@ def _mlp(x, layer, factors, scale, config: ModelConfig):
     return linear(_activation(config)(gate) * up, layer, "down_proj", factors, scale)
 
 
+def _kept(block, remat: bool):
+    """The block, with what it keeps for the backward pass: nothing (`remat`), or on a CPU the linear layers' results.
+
+    A CPU is short of memory bandwidth and pays for every fresh page: there the rest is computed again.
+    """
+    if remat:
+        return jax.checkpoint(block)
+    if chip().platform == "cpu":
+        policy = jax.checkpoint_policies.save_only_these_names(LINEAR)
+        return jax.checkpoint(block, policy=policy, prevent_cse=False)  # needless under scan
+    return block
+
+
 def segment_positions(segments_BT: jax.Array) -> jax.Array:
     """Position of every token inside its own segment, for rows packed with consecutive segments."""
     index = jnp.arange(segments_BT.shape[1])
@@ -176,8 +190,8 @@ def forward_kv(
         x = x + (norm(y, "post_feedforward_layernorm") if after else y)
         return x, {"k": k, "v": v}
 
-    step = jax.checkpoint(block) if remat else block
-    x, kv = jax.lax.scan(step, x, (params["layers"], None if delta is None else delta.factors, per_layer, memory))
+    layers = params["layers"], None if delta is None else delta.factors, per_layer, memory
+    x, kv = jax.lax.scan(_kept(block, remat), x, layers)
     return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset), kv
 
 

@@ -6,6 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxbake.chip import chip
+
+LINEAR = "linear"
+"""Name of the results of linear layers, for policies of what to keep for the backward pass."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,6 +45,48 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b)
 
 
+@jax.custom_vjp
+def _merged_linear(x_NI: jax.Array, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x @ (W + scale * A @ B)`: no products of the tokens with the factors, and nothing to add to their result."""
+    return x_NI @ _add_factors(w_IO, a_IR, b_RO, scale)
+
+
+def _add_factors(w_IO, a_IR, b_RO, scale):
+    return w_IO + (scale * a_IR) @ b_RO
+
+
+def _merged_linear_fwd(x_NI, w_IO, a_IR, b_RO, scale):
+    return _merged_linear(x_NI, w_IO, a_IR, b_RO, scale), (x_NI, w_IO, a_IR, b_RO, scale)
+
+
+def _merged_linear_bwd(saved, grad_NO):
+    x_NI, w_IO, a_IR, b_RO, scale = saved
+    grad_x_NI = _dot(grad_NO, _add_factors(w_IO, a_IR, b_RO, scale), 1, 1)
+    # Sums over tokens with the rank as rows of the result: the other way round they are several times slower.
+    grad_a_RI = jax.lax.optimization_barrier(_dot(_dot(grad_NO, b_RO, 1, 1), x_NI, 0, 0))
+    grad_b_RO = _dot(_dot(x_NI, a_IR, 1, 0), grad_NO, 0, 0)
+    grad_scale = jnp.sum(grad_b_RO * b_RO)  # like the weight's, dropped by the compiler where nobody asks for it
+    return grad_x_NI, _dot(x_NI, grad_NO, 0, 0), scale * grad_a_RI.T, scale * grad_b_RO, grad_scale
+
+
+_merged_linear.defvjp(_merged_linear_fwd, _merged_linear_bwd)
+
+
+def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())))
+
+
+def _merges(x_BTI: jax.Array, w_IO: jax.Array) -> bool:
+    """Whether to add the factors to the weight rather than their product to the result.
+
+    It is faster where tokens are many, on a CPU, which moves less memory for it. In low precision the sum would round
+    the delta away.
+    """
+    tokens = x_BTI.shape[0] * x_BTI.shape[1]
+    here = chip()
+    return here.platform == "cpu" and here.alone and x_BTI.dtype == jnp.float32 and tokens >= min(w_IO.shape)
+
+
 def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, scale=None) -> jax.Array:
     """`x @ W + bias`, plus `scale * (x @ A) @ B` where a delta has factors for this slot.
 
@@ -48,10 +96,17 @@ def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, 
       scale: float32 scalar, alpha / rank times strength.
     """
     dtype = x_BTI.dtype
-    y = einsum("bti,io->bto", x_BTI, layer[slot].astype(dtype)).astype(dtype)
-    if (bias := layer.get(f"{slot}_bias")) is not None:
+    weight, bias = layer[slot].astype(dtype), layer.get(f"{slot}_bias")
+    factors = None if delta is None else delta.get(slot)
+    merges = factors is not None and _merges(x_BTI, weight)
+    if merges:
+        a, b = (factors[name].astype(dtype) for name in ("a", "b"))
+        y = _merged_linear(x_BTI.reshape(-1, x_BTI.shape[-1]), weight, a, b, scale).reshape(*x_BTI.shape[:2], -1)
+    else:
+        y = einsum("bti,io->bto", x_BTI, weight).astype(dtype)
+    if bias is not None:
         y = y + bias.astype(dtype)
-    if delta is not None and (factors := delta.get(slot)) is not None:
+    if factors is not None and not merges:
         low = einsum("bti,ir->btr", x_BTI, factors["a"].astype(dtype)).astype(dtype)
         y = y + (scale * einsum("btr,ro->bto", low, factors["b"].astype(dtype))).astype(dtype)
-    return y
+    return checkpoint_name(y, LINEAR)
