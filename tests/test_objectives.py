@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 from jax.test_util import check_grads
 
+from jaxbake.chip import Chip
 from jaxbake.errors import JaxbakeError
 from jaxbake.objectives import DIVERGENCES, default_chunk_size, fused_kl, fused_metrics, reference_kl
 
@@ -366,11 +367,13 @@ def test_peak_memory_is_under_an_eighth_of_the_plain_version_s(divergence):
     assert fused < 7 * 64 * 2**20
 
 
-def test_default_chunk_size():
-    assert default_chunk_size(32_000) == 512
+@pytest.mark.parametrize("platform, most", [("cpu", 256), ("tpu", 512), ("gpu", 512)])
+def test_default_chunk_size(platform, most, monkeypatch):
+    monkeypatch.setattr("jaxbake.objectives.inputs.chip", lambda: Chip(platform, platform, True))
+    assert default_chunk_size(32_000) == most
     for vocab in (32_768, 50_257, 128_256, 151_936, 262_144, 1_000_000):
         assert 32 * 2**20 < 4 * vocab * default_chunk_size(vocab) <= 64 * 2**20
-    assert default_chunk_size(97) == default_chunk_size(1024) == 512
+    assert default_chunk_size(97) == default_chunk_size(1024) == most
     assert default_chunk_size(2**30) == 1
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from jaxbake.cache import keep_compiled
 from jaxbake.errors import JaxbakeError, PeerLost, Preempted
 
 PREEMPTED, PEER_LOST = 75, 69
@@ -26,6 +27,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # both are RuntimeErrors, and no business of what follows
+            raise
         except JaxbakeError as error:
             _leave(f"jaxbake: {error}", 2)
         except KeyboardInterrupt:
@@ -77,12 +80,22 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            envvar="JAXBAKE_CACHE",
+            help="Where compiled programs are kept: a folder, a bucket, or off. [default: the user's cache folder]",
+        ),
+    ] = None,
 ) -> None:
     """Bake a prompt into a model's weights, as a low-rank delta.
 
     Start with **jaxbake quickstart**: it bakes a prompt into the small model that ships with jaxbake, measures
     what came of it, and says what to try next. It needs no network and no accelerator.
     """
+    if "jax" not in sys.modules:  # jax reads it when it is imported
+        keep_compiled(cache)
 
 
 def main() -> None:
@@ -99,4 +112,4 @@ def main() -> None:
     app()
 
 
-from jaxbake.cli import baking, deltas, planning, talking  # noqa: E402, F401  (each adds its commands to `app`)
+from jaxbake.cli import baking, benching, deltas, planning, talking  # noqa: E402, F401  (each adds its commands to `app`)

@@ -1,0 +1,1 @@
+"""Speed, measured: the step, the divergence, the sampler, the reading of weights; alone and beside others."""

@@ -1,0 +1,109 @@
+"""What is measured: the shape of a model and of a batch, and the floating-point work that it cannot avoid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbake.errors import JaxbakeError
+from jaxbake.files import read_json
+from jaxbake.models import families
+from jaxbake.models.spec import ModelConfig, is_param, linear_shapes, param_specs
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama of these sizes, and rows of `question_len + response_len` tokens behind a prompt of `prompt_len`."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    ffn: int = 688
+    vocab: int = 4096
+    prompt_len: int = 128
+    question_len: int = 32
+    response_len: int = 64
+    batch: int = 8
+
+    def __post_init__(self):
+        for field in fields(self):
+            if (value := getattr(self, field.name)) < (0 if field.name == "prompt_len" else 1):
+                raise JaxbakeError(f"--{field.name.replace('_', '-')}: {value} is too small")
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise JaxbakeError(
+                f"--hidden {self.hidden} --heads {self.heads} --kv-heads {self.kv_heads}: each must be a multiple of "
+                "the next"
+            )
+
+
+SIZES = {
+    "S": Shape(),
+    "M": Shape(8, 512, 8, 4, 1376, 32_000, 512, 32, 128, 8),
+    "L": Shape(12, 768, 12, 4, 2048, 128_256, 1024, 32, 128, 4),
+}
+
+
+def make_shape(size: str | None, changes: dict[str, int | None]) -> Shape:
+    """A size of `SIZES` with some fields changed (None: not). Raises JaxbakeError for what makes no model."""
+    if size is not None and size not in SIZES:
+        raise JaxbakeError(f"--size {size}: is none of {', '.join(SIZES)}")
+    return replace(SIZES[size or "S"], **{name: value for name, value in changes.items() if value is not None})
+
+
+def model_config(shape: Shape, folder: Path | None = None) -> ModelConfig:
+    """The model's config: a Llama of the shape, or that of a `config.json` (a file, or a folder that has one)."""
+    if folder is not None:
+        path = folder / "config.json" if folder.is_dir() else folder
+        return families.convert(read_json(path))
+    return ModelConfig(
+        family="llama", vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+        num_layers=shape.layers, num_heads=shape.heads, num_kv_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        max_positions=max(2048, shape.prompt_len + shape.question_len + shape.response_len),
+    )  # fmt: skip
+
+
+def random_params(config: ModelConfig, dtype: str, seed: int) -> dict:
+    """Random parameters, drawn leaf by leaf so that making them takes little more memory than holding them."""
+    if dtype not in DTYPES:
+        raise JaxbakeError(f"--dtype {dtype}: is none of {', '.join(DTYPES)}")
+    random = np.random.default_rng(seed)
+
+    def draw(spec):
+        if spec.init != "normal":
+            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+        values = random.random(spec.shape, np.float32)  # uniform: quick to draw, and only its spread matters
+        values -= 0.5
+        values *= config.init_range * 12**0.5
+        return jax.device_put(values.astype(jnp.dtype(dtype), copy=False))
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_param)
+
+
+def necessary_flops(config: ModelConfig, shape: Shape, rank: int, *, cached: bool) -> float:
+    """Matrix-product FLOPs (a multiply-add is 2) of one step that no arrangement of it avoids.
+
+    Attention over its true causal context, nothing recomputed, no gradient of the base, the vocabulary at response
+    tokens alone: teacher, student, and the gradient of the student's hidden states. cached: the teacher's hidden
+    states are known; otherwise its pass is counted, behind the prompt's cached keys and values.
+    """
+    shapes = [(size_in, size_out) for (size_in, _), (size_out, _) in linear_shapes(config).values()]
+    weights = config.num_layers * sum(i * o for i, o in shapes)
+    low_rank = config.num_layers * sum(rank * (i + o) for i, o in shapes)
+    tokens = shape.question_len + shape.response_len
+
+    def attention(past: int) -> float:
+        context = tokens * past + tokens * (tokens + 1) / 2
+        return 4 * config.num_heads * config.head_dim * context * config.num_layers
+
+    teacher = 0 if cached else 2 * weights * tokens + attention(shape.prompt_len)
+    student = (4 * weights + 6 * low_rank) * tokens + 3 * attention(0)
+    head = 6 * shape.response_len * config.vocab_size * config.hidden_size
+    return float(shape.batch * (teacher + student + head))

@@ -1,0 +1,60 @@
+"""Compiled programs are kept where they should be; starting up imports nothing heavy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxbake.cache import keep_compiled, user_folder
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_ENABLE_COMPILATION", "JAXBAKE_CACHE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # so that what is set in a test is taken back after it
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_by_default_in_the_users_cache_folder(tmp_path):
+    assert user_folder() == tmp_path / "jaxbake"
+    assert keep_compiled() == os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaxbake" / "compiled")
+
+
+def test_elsewhere_or_off_where_told(monkeypatch):
+    assert keep_compiled("gs://bucket/compiled") == os.environ["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/compiled"
+    assert keep_compiled() == "gs://bucket/compiled"  # what jax was told stays
+    monkeypatch.setenv("JAXBAKE_CACHE", "off")
+    assert keep_compiled() is None and os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+def test_import_and_help_load_nothing_heavy():
+    code = (
+        "import sys, jaxbake\n"
+        "from typer.testing import CliRunner\n"
+        "from jaxbake.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['bench', 'step', '--help']).exit_code == 0\n"
+        "heavy = {'jax', 'numpy', 'transformers', 'datasets', 'matplotlib', 'torch', 'orbax'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_program_compiled_once_is_there_the_next_time(tmp_path):
+    code = (
+        "from jaxbake.cache import keep_compiled; keep_compiled()\n"
+        "import jax, jax.numpy as jnp\n"
+        "jax.jit(lambda x: jnp.linalg.qr(x @ x)[0])(jnp.ones((9, 9)))\n"
+    )
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_ENABLE_COMPILATION_CACHE"):
+        environment.pop(name)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert any((tmp_path / "jaxbake" / "compiled").iterdir())
