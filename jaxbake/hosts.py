@@ -33,7 +33,8 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -140,10 +141,7 @@ def first(action: Callable[[], T]) -> T:
     key = f"jaxbake/first/{next(_firsts)}"
     client = _client()
     if not is_first():
-        try:
-            told = json.loads(client.blocking_key_value_get(key, _WAIT_MS))
-        except jax.errors.JaxRuntimeError as error:
-            raise PeerLost(f"process 0 did not answer ({_line(error)})") from error
+        told = json.loads(_told(client, key))
         if "error" in told:
             raise JaxbakeError(told["error"])
         return told["value"]
@@ -157,6 +155,45 @@ def first(action: Callable[[], T]) -> T:
 
 
 _firsts = itertools.count()
+
+
+@contextmanager
+def led(manager: AbstractContextManager[os.PathLike]) -> Iterator[str]:
+    """Enters and leaves a context in process 0 alone; its path goes to all, and so do its errors."""
+    path = first(lambda: os.fspath(manager.__enter__()))
+    try:
+        yield path
+    except BaseException as error:
+        if is_first():
+            manager.__exit__(type(error), error, error.__traceback__)
+        raise
+    first(lambda: manager.__exit__(None, None, None) and None)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process gives (JSON), in their order, in all of them."""
+    count = jax.process_count()
+    if count == 1:
+        return [value]
+    client, key = _client(), f"jaxbake/gather/{next(_gathers)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(_told(client, f"{key}/{i}")) for i in range(count)]
+
+
+_gathers = itertools.count()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that are this process's to work on: every n-th."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def _told(client: Any, key: str) -> str:
+    """What another process has said, once it has."""
+    try:
+        return client.blocking_key_value_get(key, _WAIT_MS)
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerLost(f"no answer from another process ({_line(error)})") from error
 
 
 def lost(error: BaseException) -> bool:

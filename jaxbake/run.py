@@ -12,8 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxbake import hosts
 from jaxbake.bake.folder import DELTA, TRAJECTORIES
-from jaxbake.bake.loop import bake
+from jaxbake.bake.lock import owned
+from jaxbake.bake.loop import BakeResult, bake
 from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bakery.card import sha256
@@ -24,14 +28,15 @@ from jaxbake.data.stimuli import load_pins
 from jaxbake.data.trajectories import TrajectoryStore
 from jaxbake.deltas.lora import Delta
 from jaxbake.deltas.peft import save_peft
-from jaxbake.errors import JaxbakeError
+from jaxbake.errors import JaxbakeError, Preempted
 from jaxbake.evaluate import report
 from jaxbake.evaluate.items import load_items
 from jaxbake.evaluate.measure import Evaluation, measure
 from jaxbake.evaluate.plot import plot
 from jaxbake.evaluate.retention import Material, smallworld_material
 from jaxbake.evaluate.scores import Scores, score_abilities, score_items
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, as_path, is_remote, local_copy, read_json, write_whole
+from jaxbake.mesh import make_mesh
 from jaxbake.models.base import Base, load
 from jaxbake.recipe import dump_recipe, load_recipe, read_prompt
 from jaxbake.smallworld import CRUMB
@@ -49,13 +54,13 @@ class Outcome:
     """What a recipe came to. `reused`: the folder already held it, finished; `seconds`: what making it took."""
 
     recipe: Recipe
-    output: Path
+    output: AnyPath
     evaluation: Evaluation
     seconds: float | None = None
     reused: bool = False
 
     @property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, AnyPath]:
         """What stands where."""
         names = {
             "delta": DELTA, "card": f"{DELTA}/card.json", "PEFT adapter": PEFT, "plot": PLOT, "summary": SUMMARY,
@@ -96,48 +101,75 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, root: str | Path = ".", output: str | Path | None = None, progress: Progress | None = None
+    recipe: Recipe, root: str | Path = ".", output: str | AnyPath | None = None, progress: Progress | None = None
 ) -> Outcome:
     """Does all that a recipe says, and writes the output folder.
 
     Args:
       recipe: what `load_recipe` gives.
       root: the folder that files in the recipe are relative to.
-      output: the folder to write; by default the recipe's output / name. The same call continues what was interrupted,
-        and returns what is finished.
+      output: the folder to write, local or gs://; by default the recipe's output / name. The same call continues what
+        was interrupted, and returns what is finished. Of several processes all make it, and process 0 writes.
       progress: called as work advances.
 
-    Raises JaxbakeError as `load`, `bake` and `measure` do.
+    Raises JaxbakeError as `load`, `bake` and `measure` do, and Preempted after a SIGTERM (see `jaxbake.hosts`).
     """
     started, progress, root = time.monotonic(), progress or silent, Path(root)
-    output = Path(recipe.output) / recipe.name if output is None else Path(output)
+    output = as_path(recipe.output) / recipe.name if output is None else as_path(output)
     kept = inside(recipe, root, output)
     key = _key(kept, output)
-    if found := _finished(kept, output, key):
-        return found
+    if hosts.first(lambda: _finished(kept, output, key) is not None):
+        return _finished(kept, output, key)
     items = _items(recipe, root)  # before the work, so that a fault in it shows at once
-    base = load(recipe.model, dtype=recipe.dtype)
+    base = load(recipe.model, dtype=recipe.dtype, mesh=_mesh())
     result = bake(
         base, kept.prompt, recipe.stimuli, recipe.bake, output, progress=progress, name=recipe.name,
         recipe=dataclasses.asdict(kept), root=root,
     )  # fmt: skip
-    write_whole(output / RECIPE, dump_recipe(kept))
-    save_peft(result.delta, base, output / PEFT, card=result.card)
-    plot(result.metrics, output / PLOT, title=recipe.name)
-    evaluation = _measure(base, result.delta, recipe, root, output, items, progress)
-    outcome = Outcome(kept, output, evaluation, round(time.monotonic() - started, 1))
-    notes = [f"Baked with jaxbake into `{recipe.model}`; the settings are in `{RECIPE}`.", f"![loss and KL]({PLOT})"]
-    write_whole(output / SUMMARY, report.summary_markdown(recipe.name, evaluation, notes))
-    write_whole(output / EVALUATION, json.dumps({"key": key, **outcome.to_dict()}, indent=2, ensure_ascii=False) + "\n")
+    with owned(output):
+        save_peft(result.delta, base, output / PEFT, card=result.card)
+        evaluation = _measure(base, result.delta, recipe, root, output, items, _leaving(progress))
+        outcome = Outcome(kept, output, evaluation, round(time.monotonic() - started, 1))
+        hosts.first(lambda: _write(outcome, result, key))
     return outcome
 
 
+def _mesh() -> Any:
+    """Several processes share one model, split over all their devices."""
+    return make_mesh(f"fsdp={jax.device_count()}") if jax.process_count() > 1 else None
+
+
+def _leaving(progress: Progress) -> Progress:
+    """The same, and an end to the measuring where SIGTERM came; it is done again from its start."""
+
+    def watched(stage: str, done: int, total: int, info: dict[str, Any]) -> None:
+        progress(stage, done, total, info)
+        if done < total and hosts.stop_asked():
+            raise Preempted("the delta is saved, and is measured again")
+
+    return watched
+
+
+def _write(outcome: Outcome, result: BakeResult, key: str) -> None:
+    """The files for people; the evaluation last, for it says that all of them are there."""
+    recipe, output = outcome.recipe, outcome.output
+    write_whole(output / RECIPE, dump_recipe(recipe))
+    plot(result.metrics, output / PLOT, title=recipe.name)
+    notes = [f"Baked with jaxbake into `{recipe.model}`; the settings are in `{RECIPE}`.", f"![loss and KL]({PLOT})"]
+    write_whole(output / SUMMARY, report.summary_markdown(recipe.name, outcome.evaluation, notes))
+    write_whole(output / EVALUATION, json.dumps({"key": key, **outcome.to_dict()}, indent=2, ensure_ascii=False) + "\n")
+
+
 def evaluate_folder(
-    folder: str | Path, questions: str | Path | None = None, match: str | None = None, progress: Progress | None = None
+    folder: str | AnyPath,
+    questions: str | Path | None = None,
+    match: str | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Measures a finished bake again, on its own questions or on others; writes nothing."""
-    folder = Path(folder)
-    recipe = load_recipe(folder / RECIPE)
+    folder = as_path(folder)
+    with local_copy(folder / RECIPE) as file:
+        recipe = load_recipe(file)
     items = _items(recipe, folder) if questions is None else load_items(questions, match or recipe.evaluation.match)
     base = load(recipe.model, dtype=recipe.dtype)
     delta, _ = load_delta(folder, base)
@@ -169,14 +201,16 @@ def evaluate_model(
     return score_abilities(base, change, per_ability=limit or 50)
 
 
-def inside(recipe: Recipe, root: Path, folder: Path) -> Recipe:
+def inside(recipe: Recipe, root: Path, folder: AnyPath) -> Recipe:
     """The same recipe as it reads in another folder: its prompt inline, its files named from there."""
 
     def moved(config: Any, *names: str) -> Any:
         found = {name: getattr(config, name) for name in names}
         # what is not there is the name of a data set on the hub, or an error that is told where it is read
         here = {name: root / path for name, path in found.items() if path and (root / path).exists()}
-        return dataclasses.replace(config, **{name: os.path.relpath(path, folder) for name, path in here.items()})
+        # from an object store no way leads back to this machine's files but their full names
+        named = os.path.abspath if is_remote(folder) else lambda path: os.path.relpath(path, folder)
+        return dataclasses.replace(config, **{name: named(path) for name, path in here.items()})
 
     return dataclasses.replace(
         recipe,
@@ -188,18 +222,19 @@ def inside(recipe: Recipe, root: Path, folder: Path) -> Recipe:
     )
 
 
-def _key(recipe: Recipe, folder: Path) -> str:
+def _key(recipe: Recipe, folder: AnyPath) -> str:
     """A hash of the recipe and of all it names: files by content, a model's folder by what its files look like."""
     retention, evaluation = recipe.bake.retention, recipe.evaluation
     named = (recipe.stimuli.file, retention.pin_stimuli, retention.contexts_file, evaluation.file, evaluation.abilities)
-    paths = [Path(os.path.normpath(folder / name)) for name in named if name]  # the folder itself may not exist yet
+    start = "" if is_remote(folder) else folder
+    paths = [Path(os.path.normpath(Path(start, name))) for name in named if name]  # the folder may not exist yet
     files = [sha256(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     model = CRUMB if recipe.model == "crumb" else Path(recipe.model)
     looks = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model.glob("*")) if p.is_file()]
     return sha256(json.dumps([dataclasses.asdict(recipe), files, looks]))
 
 
-def _finished(recipe: Recipe, folder: Path, key: str) -> Outcome | None:
+def _finished(recipe: Recipe, folder: AnyPath, key: str) -> Outcome | None:
     """What the folder holds, if that is this very recipe, finished."""
     if not all((folder / name).exists() for name in (EVALUATION, RECIPE, DELTA, PEFT, SUMMARY, PLOT)):
         return None
@@ -215,7 +250,7 @@ def _items(recipe: Recipe, root: Path) -> list:
 
 
 def _measure(
-    base: Base, delta: Delta, recipe: Recipe, root: Path, output: Path, items: list, progress: Progress
+    base: Base, delta: Delta, recipe: Recipe, root: AnyPath, output: AnyPath, items: list, progress: Progress
 ) -> Evaluation:
     """All measurements there is material for; `root` is what the recipe's files are relative to."""
     settings = recipe.evaluation
@@ -231,7 +266,7 @@ def _measure(
     )  # fmt: skip
 
 
-def _held_out(base: Base, prompt: str, output: Path) -> list[Example]:
+def _held_out(base: Base, prompt: str, output: AnyPath) -> list[Example]:
     """The held-out examples of a bake, from its trajectories."""
     rows = TrajectoryStore.open(output / TRAJECTORIES).load()
     return [

@@ -49,3 +49,14 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert result.card.delta_digest == whole.card.delta_digest
     assert result.metrics == whole.metrics
     assert load_delta(tmp_path / "run", tiny.tiny_base())[1] == result.card
+
+
+def test_in_an_object_store(tmp_path, monkeypatch):
+    """Bake, preemption, resume and both exports on gs://, equal to the local ones; nothing is ever renamed there."""
+    import fake_gcs
+
+    with fake_gcs.running(monkeypatch) as objects:
+        result = tiny.tiny_bake("gs://bucket/run", tiny.with_train(steps=12))
+        print(sorted(objects))
+        whole = tiny.tiny_bake(tmp_path / "whole", tiny.with_train(steps=12))
+        assert result.card.delta_digest == whole.card.delta_digest

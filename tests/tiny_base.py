@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxbake.config import BakeConfig, LoraConfig, OptimizerConfig, RetentionConfig, SamplingConfig, TrainConfig
+from jaxbake.mesh import sharding
 from jaxbake.models.base import Base
-from jaxbake.models.spec import ModelConfig, init_params
+from jaxbake.models.spec import ModelConfig, init_params, param_specs
 
 SPECIALS = ["<pad>", "<s>", "<end>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = (
@@ -55,6 +57,17 @@ def tiny_base(template: str | None = TEMPLATE) -> Base:
     )  # fmt: skip
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     return Base(params, config, tokenizer(template), "digest of tiny", "tiny", Path("tiny"), (2,), 0)
+
+
+def spread(base: Base, mesh) -> Base:
+    """The same base, its parameters split over a mesh: each process keeps its own parts."""
+
+    def put(x, spec):
+        lies = sharding(spec.axes, mesh, spec.shape)
+        return jax.make_array_from_callback(x.shape, lies, lambda index: np.asarray(x)[index])
+
+    specs = param_specs(base.config)
+    return replace(base, params=jax.tree.map(put, base.params, specs), mesh=mesh)
 
 
 def tiny_bake(output=None, config: BakeConfig = CONFIG, **changes):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,17 +12,19 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxbake.bake.step import BakeState
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import AnyPath, absolute
 
 
 class Checkpoints:
     """A folder of Orbax checkpoints, a sub-folder per step; a context manager that waits for the last one.
 
-    Orbax writes under another name and renames, so a step that can be seen is whole; what a killed run left half
-    written is removed when the folder is opened next.
+    Of several processes all must call everything here; each writes what its devices hold. Orbax writes under another
+    name and renames (in an object store: writes a marker last), so a step that can be seen is whole; what a killed run
+    left half written is removed when the folder is opened next.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: AnyPath):
+        self.folder = absolute(folder)
         with self._writing():
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,

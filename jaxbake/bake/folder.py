@@ -1,19 +1,19 @@
-"""A bake's output folder: which bake it holds, and its metrics as JSON lines."""
+"""A bake's output folder: which bake it holds, where it was run, and its metrics as JSON lines."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from jaxbake import hosts
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, is_remote, read_json, write_whole
 
-IDENTITY, METRICS, STIMULI = "bake.json", "metrics.jsonl", "stimuli.jsonl"
+IDENTITY, METRICS, STIMULI, RUNS = "bake.json", "metrics.jsonl", "stimuli.jsonl", "runs.json"
 TRAJECTORIES, CHECKPOINTS, DELTA, TENSORBOARD = "trajectories", "checkpoints", "delta", "tensorboard"
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
+def claim(folder: AnyPath, identity: dict[str, Any]) -> None:
     """Makes the folder this bake's own, or checks that it already is (`bake.json` holds the identity).
 
     Raises JaxbakeError where it holds another bake, naming what differs, or cannot be written.
@@ -43,24 +43,64 @@ def _differences(a: dict, b: dict, path: str = "") -> list[str]:
     return found
 
 
+class Runs:
+    """`runs.json`: in which environments the bake of a folder was run, for the card; None keeps nothing.
+
+    A run that goes on from an earlier one's work does so "bitwise" where the environment (`hosts.environment`) is the
+    same as that of all runs before it, otherwise "numerically": equal to rounding, not to the bit.
+    """
+
+    def __init__(self, folder: AnyPath | None, environment: dict[str, Any]):
+        self._path = folder and folder / RUNS
+        self.environment = environment
+        rows = hosts.first(lambda: read_json(self._path)["runs"] if self._path and self._path.exists() else [])
+        self.rows = [*rows, {"resume": None, "responses": 0, "step": 0, "environment": environment}]
+
+    def note(self, *, responses: int, step: int = 0) -> None:
+        """Tells what there was when this run began: so many responses, and training after that step."""
+        row, before = self.rows[-1], [row["environment"] for row in self.rows[:-1]]
+        if responses or step:
+            changed = {k for env in before for k in _differences(env, self.environment)}
+            row["resume"] = "numerical" if changed else "bitwise"
+            row["changed"] = sorted(changed)
+        row["responses"], row["step"] = responses, step
+        if self._path and hosts.is_first():
+            write_whole(self._path, json.dumps({"runs": self.rows}, indent=2) + "\n")
+
+    @property
+    def resumes(self) -> list[dict[str, Any]]:
+        """The runs that went on from an earlier one's work."""
+        return [row for row in self.rows if row["resume"]]
+
+
 class MetricsLog:
     """`metrics.jsonl`, a line per step written as it comes; without a path, kept in memory only.
 
     step: the step a resumed bake goes on from, None for one that starts. Lines after it (the killed run wrote them
-    after its last checkpoint) are dropped, so that no step stands there twice.
+    after its last checkpoint) are dropped, so that no step stands there twice. Process 0 alone writes. Nothing can be
+    appended in an object store: there the file is written anew by `flush`, which comes before every checkpoint.
     """
 
-    def __init__(self, path: Path | None, step: int | None):
+    def __init__(self, path: AnyPath | None, step: int | None):
         self.path, self.rows = path, []
         if path is not None:
             if step is not None and path.exists():
                 self.rows = [row for row in read_metrics(path) if row["step"] <= step]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        if hosts.is_first():
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def flush(self) -> None:
+        """Puts all lines where a reader can see them."""
+        if self.path is not None and is_remote(self.path):
+            self._rewrite()
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends one line. Raises JaxbakeError where it cannot be written."""
         self.rows.append(row)
-        if self.path is not None:
+        if self.path is not None and hosts.is_first() and not is_remote(self.path):
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -68,7 +108,7 @@ class MetricsLog:
                 raise JaxbakeError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, without a last one cut by a kill. Raises JaxbakeError for other damage."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def _take_remote(folder: AnyPath) -> Callable[[], None]:
         beat = 0
         while not ended.wait(BEAT):
             beat += 1
-            write_whole(path, json.dumps({**me, "beat": beat}))
+            with suppress(JaxbakeError):  # a store out of reach for a moment is no reason to end the bake
+                write_whole(path, json.dumps({**me, "beat": beat}))
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()

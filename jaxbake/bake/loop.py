@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxbake import hosts
 from jaxbake.bake import folder as layout
-from jaxbake.bake.folder import claim, read_metrics
+from jaxbake.bake.folder import Runs, claim, read_metrics
+from jaxbake.bake.lock import owned
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.rollout import collect, write_stimuli
 from jaxbake.bake.train import train
+from jaxbake.bakery.card import FILE as CARD
 from jaxbake.bakery.card import Card, make_card, sha256
 from jaxbake.bakery.store import load_delta, save_delta
 from jaxbake.config import BakeConfig, StimuliConfig
@@ -25,7 +28,7 @@ from jaxbake.data.stimuli import deduplicate, load_stimuli, split_held_out
 from jaxbake.data.trajectories import TrajectoryStore, fingerprint, plan_requests
 from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, absolute, as_path, read_json, write_whole
 from jaxbake.models.base import Base
 
 
@@ -45,7 +48,7 @@ class BakeResult:
     metrics: list[dict[str, float]]
     kl_before: float
     kl_after: float
-    output: Path | None = None
+    output: AnyPath | None = None
     reused: bool = False
 
 
@@ -54,7 +57,7 @@ def bake(
     prompt: str | None = None,
     stimuli: Sequence[str] | StimuliConfig | None = None,
     config: BakeConfig = BakeConfig(),  # noqa: B008 (frozen)
-    output: str | Path | None = None,
+    output: str | AnyPath | None = None,
     *,
     pins: Sequence[str] | None = None,
     contexts: Contexts | None = None,
@@ -74,8 +77,9 @@ def bake(
       stimuli: user turns to answer, or a `StimuliConfig` saying where they are; with its `generate`, the model writes
         (more of) them.
       config: settings of delta, sampling, retention rows, loss, optimizer and loop.
-      output: folder for trajectories, checkpoints, metrics and the delta. The same call with the same folder continues
-        a bake that was interrupted, bitwise, and returns one that was finished. None writes nothing.
+      output: folder for trajectories, checkpoints, metrics and the delta, local or gs://. The same call with the same
+        folder continues a bake that was interrupted (bitwise in the same environment, to rounding on another mesh or
+        number of processes; the card says which), and returns one that was finished. None writes nothing.
       pins: user turns on which nothing may change; by default those of `config.retention.pin_stimuli`, or shipped ones.
       contexts: other prompts with their user turns, whose reading is to be kept; by default
         `config.retention.contexts_file`, or those of the shipped ones that fit the model's context.
@@ -84,49 +88,74 @@ def bake(
       recipe: what the card keeps as settings instead of `config`.
       root: what paths in `stimuli` and `config` are relative to.
 
+    Several processes (see `jaxbake.hosts`) all make the same call, with a base on a mesh over all their devices.
     With `train.patience` the result is the delta of the lowest held-out KL, otherwise the last one.
 
     Raises:
       JaxbakeError: an empty prompt or no stimuli, a prompt or stimulus too long for the model's context, settings the
-        model cannot take, an output folder that holds another bake or cannot be written, a damaged checkpoint.
+        model cannot take, an output folder that holds another bake, or in which another one is at work, or which
+        cannot be written, a damaged checkpoint.
       TrainingDiverged: a loss that is not finite; the last good state is kept.
+      Preempted: SIGTERM came, and everything is saved; after `hosts.start` only.
     """
     progress, root = progress or silent, Path(root)
     prompt = _check(base, prompt, config)
     given, generate = _given(stimuli, root)
     pins = pins_for(base, config, root) if pins is None else pins
     contexts = contexts_for(base, prompt, config, root) if contexts is None else contexts
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch if output is None else output)
-        identity = {
-            "prompt": sha256(prompt),
-            "base": base.digest,
-            "template": template_hash(base.tokenizer),
-            "stimuli": sha256(json.dumps(given)),
-            "generate": asdict(generate) if generate else None,
-            "pins": sha256(json.dumps(list(pins))),
-            "contexts": sha256(json.dumps([[text, list(turns)] for text, turns in contexts])),
-            "config": _decisive(config),
-        }
-        claim(folder, identity)
-        if (folder / layout.DELTA).is_dir():
-            return _finished(folder, base)
+    folder = None if output is None else absolute(output)
+    identity = {
+        "prompt": sha256(prompt),
+        "base": base.digest,
+        "template": template_hash(base.tokenizer),
+        "stimuli": sha256(json.dumps(given)),
+        "generate": asdict(generate) if generate else None,
+        "pins": sha256(json.dumps(list(pins))),
+        "contexts": sha256(json.dumps([[text, list(turns)] for text, turns in contexts])),
+        "config": _decisive(config),
+    }
+    if folder and hosts.first(lambda: _is_finished(folder, identity)):
+        return _finished(folder, base)
+    with owned(folder) if folder else nullcontext():
+        if folder:
+            hosts.first(lambda: claim(folder, identity))
+            _check_shared(folder)
+        runs = Runs(folder, hosts.environment(base.mesh))
         if generate:
             given = _written(base, prompt, given, generate, folder, config.seed, progress)
-        examples = _examples(base, prompt, given, config, pins, contexts, folder, progress)
-        trained = train(base, config, *examples, output and folder, progress)
+        examples = _examples(base, prompt, given, config, pins, contexts, folder, progress, runs)
+        trained = train(base, config, *examples, folder, progress, runs)
         kl = [row["held_out_kl"] for row in trained.metrics if row["step"] in (0, trained.step)]
+        delta = hosts.fetch(trained.delta)
         card = make_card(
-            base, trained.delta, name=name or (Path(output).resolve().name if output else "bake"), prompt=prompt,
+            base, delta, name=name or (folder.name if folder else "bake"), prompt=prompt,
             config=recipe or config, seeds={"bake": config.seed},
             metrics={"held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step},
+            environment=runs.environment, resumes=runs.resumes,
         )  # fmt: skip
-        if output:
-            save_delta(trained.delta, card, folder / layout.DELTA)
-        return BakeResult(trained.delta, card, trained.metrics, kl[0], kl[-1], output and Path(output))
+        if folder:
+            save_delta(delta, card, folder / layout.DELTA)
+    return BakeResult(trained.delta, card, trained.metrics, kl[0], kl[-1], output and as_path(output))
 
 
-def _finished(folder: Path, base: Base) -> BakeResult:
+def _is_finished(folder: AnyPath, identity: dict) -> bool:
+    """Whether the folder holds this bake's delta. Raises JaxbakeError where it holds another bake."""
+    if (folder / layout.IDENTITY).exists():
+        claim(folder, identity)
+    return (folder / layout.DELTA / CARD).exists()
+
+
+def _check_shared(folder: AnyPath) -> None:
+    """Raises JaxbakeError, in all processes, where one of them does not see the folder that process 0 made."""
+    blind = [i for i, sees in enumerate(hosts.gather((folder / layout.IDENTITY).exists())) if not sees]
+    if blind:
+        raise JaxbakeError(
+            f"{folder}: process {', '.join(map(str, blind))} does not see it; several processes need an output folder "
+            "that all of them share: a network file system, or gs://"
+        )
+
+
+def _finished(folder: AnyPath, base: Base) -> BakeResult:
     """The bake that a folder already holds."""
     delta, card = load_delta(folder / layout.DELTA, base)
     kl = [card.metrics["held_out_kl_before"], card.metrics["held_out_kl"]]
@@ -175,13 +204,16 @@ def _decisive(config: BakeConfig) -> dict[str, Any]:
     return settings
 
 
-def _written(base, prompt, given, generate, folder: Path, seed: int, progress: Progress) -> list[str]:
+def _written(base, prompt, given, generate, folder: AnyPath | None, seed: int, progress: Progress) -> list[str]:
     """The stimuli given and those the model writes, which are kept in the folder."""
-    path = folder / layout.STIMULI
-    if not path.exists():
+    path = folder and folder / layout.STIMULI
+    written = hosts.first(lambda: read_json(path)["written"] if path and path.exists() else None)
+    if written is None:
         written = write_stimuli(base, prompt, generate, seed=seed, progress=progress)
-        write_whole(path, json.dumps({"written": written}, indent=2, ensure_ascii=False) + "\n")
-    return deduplicate([*given, *read_json(path)["written"]])
+        if path:
+            text = json.dumps({"written": written}, indent=2, ensure_ascii=False) + "\n"
+            hosts.first(lambda: write_whole(path, text))
+    return deduplicate([*given, *written])
 
 
 def _examples(
@@ -191,8 +223,9 @@ def _examples(
     config: BakeConfig,
     pins: Sequence[str],
     contexts: Contexts,
-    folder: Path,
+    folder: AnyPath | None,
     progress: Progress,
+    runs: Runs,
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, from responses that are sampled now or already there."""
     train_stimuli, held_out = split_held_out(stimuli, config.train.held_out, config.seed)
@@ -203,7 +236,8 @@ def _examples(
         prompt=prompt, base_digest=base.digest, template_hash=template_hash(base.tokenizer), sampling=config.sampling,
         requests=requests, seed=config.seed,
     )  # fmt: skip
-    store = TrajectoryStore.open(folder / layout.TRAJECTORIES, key)
+    store = TrajectoryStore.open(folder / layout.TRAJECTORIES, key) if folder else TrajectoryStore()
+    runs.note(responses=len(store.done()))
     collect(base, prompt, requests, store, config.sampling, progress)
     examples: dict[str, list[Example]] = {"train": [], "held_out": []}
     for row in store.load():

@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxbake.bake.teacher import Targets, Teacher, hidden_at, prompted_self
@@ -58,9 +59,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
 
 
-def init_state(key: jax.Array, model_config: ModelConfig, bake_config: BakeConfig) -> BakeState:
-    """A state whose delta changes nothing yet. Raises JaxbakeError for a rank or target the model cannot take."""
-    return _init_state(key, model_config, bake_config)
+def init_state(
+    key: jax.Array, model_config: ModelConfig, bake_config: BakeConfig, lies: BakeState | None = None
+) -> BakeState:
+    """A state whose delta changes nothing yet; `lies` holds the shardings of its arrays, where they lie on a mesh.
+
+    Raises JaxbakeError for a rank or target the model cannot take.
+    """
+    if lies is None:
+        return _init_state(key, model_config, bake_config)
+    data, impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # host data belongs to every process
+
+    @partial(jax.jit, out_shardings=lies)
+    def placed(data):
+        return _init_state(jax.random.wrap_key_data(data, impl=impl), model_config, bake_config)
+
+    return placed(data)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +16,9 @@ import numpy as np
 
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
+from jaxbake.bake.abstract import state_inputs
 from jaxbake.bake.checkpoint import Checkpoints
-from jaxbake.bake.folder import MetricsLog
+from jaxbake.bake.folder import MetricsLog, Runs
 from jaxbake.bake.progress import Progress
 from jaxbake.bake.step import BakeState, init_state, make_bake_step, make_eval_step
 from jaxbake.bake.teacher import hidden_at
@@ -27,6 +27,7 @@ from jaxbake.data.batches import Batch, Batches, View, shared_prefix
 from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
+from jaxbake.files import AnyPath
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
@@ -83,7 +84,7 @@ class _KnownTeacher:
         for n in range(-(-len(batches.examples) // batches.batch_size)):
             batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
             hidden = _teacher_hidden(base.params, batch.teacher, prefix, base.config)
-            table[batch.source[batch.source >= 0]] = np.asarray(hidden)[batch.source >= 0]
+            table[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
         self._table = jnp.asarray(table)
 
     def __call__(self, batch: Batch) -> jax.Array:
@@ -116,8 +117,9 @@ def train(
     config: BakeConfig,
     examples: Sequence[Example],
     held_out: Sequence[Example],
-    folder: Path | None,
+    folder: AnyPath | None,
     progress: Progress,
+    runs: Runs,
 ) -> Trained:
     """Trains a delta on the examples, or goes on from the folder's newest checkpoint, bitwise as if never stopped.
 
@@ -138,7 +140,8 @@ def train(
         teacher = _KnownTeacher(base, batches, prefix)
     evaluate = _HeldOut(base, config, Batches(held_out, shared, **sizes), prefix)
     step = make_bake_step(base.config, config)
-    state, best = init_state(jax.random.key(config.seed), base.config, config), _Best()
+    lie = base.mesh and jax.tree.map(lambda x: x.sharding, state_inputs(base.config, config, base.mesh))
+    state, best = init_state(jax.random.key(config.seed), base.config, config, lie), _Best()
     if settings.patience:
         best.factors = jax.tree.map(jnp.copy, state.delta.factors)
 
@@ -147,8 +150,10 @@ def train(
         if resumed is not None:
             state, factors, cursor = checkpoints.restore(state, best.factors)
             best = _Best(cursor["kl"], int(cursor["step"]), int(cursor["since"]), factors)
+            runs.note(responses=runs.rows[-1]["responses"], step=resumed)
         log = MetricsLog(folder and folder / layout.METRICS, resumed)
-        board = _TensorBoard(folder / layout.TENSORBOARD) if settings.tensorboard and folder else None
+        boarded = settings.tensorboard and folder and hosts.is_first()
+        board = _TensorBoard(folder / layout.TENSORBOARD) if boarded else None
 
         def record(row: dict[str, float]) -> None:
             log.add(row)
@@ -170,6 +175,7 @@ def train(
                 number, metrics = waiting.popleft()
                 row = {"step": number, **{k: float(v) for k, v in metrics.items()}}
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                    log.flush()
                     _diverged(number, row, state, best, checkpoints, config)
                 record(row | (more or {}) if number == n else row)
 
@@ -191,6 +197,7 @@ def train(
             leave = not last and hosts.stop_asked()
             if checkpoints and (last or leave or n % settings.checkpoint_every == 0):
                 settle(keep=0)
+                log.flush()
                 checkpoints.save(state, best.factors, best.cursor())
             settle(keep=1)
             if leave:
@@ -223,7 +230,7 @@ def _diverged(
 class _TensorBoard:
     """The same figures for TensorBoard."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: AnyPath):
         try:
             from tensorboard.summary import Writer
         except ImportError as error:

@@ -11,13 +11,12 @@ import re
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from jaxbake.data.chat import has_template, template_hash
 from jaxbake.deltas.lora import Delta, delta_digest
 from jaxbake.errors import JaxbakeError, did_you_mean
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, as_path, read_json, write_whole
 
 FILE = "card.json"
 PACKAGES = ("jaxbake", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -31,6 +30,8 @@ class Card:
     prompt, prompt_sha256, template_sha256: the baked text, its hash and that of the base's chat template.
     lora: the delta's own settings. config: the whole recipe or bake settings. seeds: every seed by name.
     parent_digest: digest of the delta this one was baked on top of. delta_digest: this delta's.
+    environment: where it was made (`hosts.environment`). resumes: the runs that went on from an earlier one's work, as
+      `runs.json` has them: "bitwise" in an environment that never changed, otherwise "numerical", naming what changed.
     metrics: the summary of the bake; numbers that are not finite are kept as null. created: UTC, ISO 8601.
     """
 
@@ -47,6 +48,8 @@ class Card:
     parent_digest: str | None = None
     metrics: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    resumes: list[Any] | None = None
     created: str | None = None
 
     def __post_init__(self):
@@ -89,14 +92,14 @@ class Card:
             raise JaxbakeError(f"card: must hold one JSON object, holds a {type(values).__name__}")
         return cls.from_dict(values)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | AnyPath) -> None:
         """Writes the card to a file, whole or not at all."""
-        write_whole(Path(path), self.to_json())
+        write_whole(as_path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path) -> Card:
+    def load(cls, path: str | AnyPath) -> Card:
         """Reads a card's file. Raises JaxbakeError naming the file where it is missing or damaged."""
-        return cls.from_dict(read_json(Path(path)), str(path))
+        return cls.from_dict(read_json(as_path(path)), str(path))
 
     def to_markdown(self) -> str:
         """The card for a person to read."""
@@ -115,6 +118,8 @@ class Card:
             ("layers", targets if isinstance(targets, str) else ", ".join(targets)),
             ("seeds", ", ".join(f"{k} {v}" for k, v in (self.seeds or {}).items())),
             ("created", self.created),
+            ("environment", _listed(self.environment)),
+            ("resumed", "; ".join(map(_resume, self.resumes or []))),
             ("made with", ", ".join(f"{k} {v}" for k, v in (self.versions or {}).items())),
         ]
         lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows if v)]
@@ -140,11 +145,13 @@ _TYPES: dict[str, tuple[type, bool]] = {
     "parent_digest": (str, True),
     "metrics": (dict, True),
     "versions": (dict, True),
+    "environment": (dict, True),
+    "resumes": (list, True),
     "created": (str, True),
 }
 """Each field's type, and whether it may be null."""
 
-_KIND_NAMES = {str: "a text", dict: "an object"}
+_KIND_NAMES = {str: "a text", dict: "an object", list: "a list"}
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -164,6 +171,15 @@ def _plain(value: Any, where: str) -> Any:
     if getattr(value, "ndim", None) == 0:  # a numpy or jax scalar
         return _plain(value.item(), where)
     raise JaxbakeError(f"card.{where}: a {type(value).__name__} cannot be kept as JSON")
+
+
+def _listed(values: dict[str, Any] | None) -> str:
+    return ", ".join(f"{k} {v}" for k, v in (values or {}).items() if v is not None)
+
+
+def _resume(run: dict[str, Any]) -> str:
+    where = f"step {run['step']}" if run["step"] else f"{run['responses']} responses"
+    return f"from {where}, {run['resume']}" + (f" (another {', '.join(run['changed'])})" if run["changed"] else "")
 
 
 def _short(value: Any) -> str:
@@ -208,6 +224,8 @@ def make_card(
     seeds: dict[str, Any] | None = None,
     parent: Delta | str | None = None,
     metrics: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
+    resumes: list[dict[str, Any]] | None = None,
 ) -> Card:
     """The card of a delta just made: hashes, digests, versions and the time are filled in.
 
@@ -215,6 +233,7 @@ def make_card(
       base: the `models.base.Base` it was baked on.
       config: a recipe or bake settings, as a dataclass or a dict.
       parent: the delta (or its digest) this one was baked on top of.
+      environment, resumes: where it was made, and on what runs' work it went on.
     """
     return Card(
         name=name,
@@ -230,6 +249,8 @@ def make_card(
         parent_digest=delta_digest(parent) if isinstance(parent, Delta) else parent,
         metrics=metrics,
         versions=versions(),
+        environment=environment,
+        resumes=resumes,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

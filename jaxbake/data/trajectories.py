@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from jaxbake import hosts
 from jaxbake.config import RetentionConfig, SamplingConfig
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, as_path, read_json, write_whole
 
 Kind = Literal["bake", "pin", "context"]
 Split = Literal["train", "held_out"]
@@ -186,6 +186,7 @@ def _card() -> str:
     )  # fmt: skip
 
 
+MANIFEST = "manifest.json"
 _PART = re.compile(r"part-(\d{5})-([0-9a-f]{12})\.jsonl")
 
 
@@ -194,40 +195,27 @@ class TrajectoryStore:
 
     README.md (data set card), manifest.json (the fingerprint), data/part-NNNNN-HASH.jsonl. A part is written whole or
     not at all and its name holds the hash of fingerprint and content, so truncated or foreign parts are found.
-    Open with `TrajectoryStore.open`; one process writes.
+    Open with `TrajectoryStore.open`. Of several processes all read, and process 0 alone writes. A store without a
+    folder, `TrajectoryStore()`, keeps them in memory.
     """
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: AnyPath | None = None, key: str = ""):
         self.folder, self._key = folder, key
         self._trajectories: dict[int, Trajectory] = {}
         self._parts = 0
-        self._read()
+        if folder is not None:
+            self._read()
 
     @classmethod
-    def open(cls, folder: str | Path, fingerprint: dict[str, Any] | None = None) -> TrajectoryStore:
+    def open(cls, folder: str | AnyPath, fingerprint: dict[str, Any] | None = None) -> TrajectoryStore:
         """Opens the folder, or starts it where there is none.
 
         fingerprint: what the trajectories depend on (see `fingerprint`); None takes the folder's own, for reading.
         Raises JaxbakeError where the folder holds trajectories of something else, and for damaged or foreign parts.
         """
-        folder = Path(folder)
-        path = folder / "manifest.json"
-        if not path.exists():
-            if fingerprint is None:
-                raise JaxbakeError(f"{folder}: holds no trajectories (no manifest.json)")
-            if folder.is_dir() and any((folder / "data").glob("*")):
-                raise JaxbakeError(f"{folder}: holds data but no manifest.json; give another output folder")
-            write_whole(folder / "README.md", _card())
-            manifest = {"version": 1, "fingerprint": fingerprint}
-            write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        found = read_json(path).get("fingerprint")
-        if not isinstance(found, dict):
-            raise JaxbakeError(f"{path}: is damaged, it holds no fingerprint")
-        if fingerprint is not None and found != json.loads(json.dumps(fingerprint)):
-            raise JaxbakeError(
-                f"{folder}: the output folder holds another bake ({_difference(found, fingerprint)}); "
-                "give another output folder, or delete this one"
-            )
+        folder = as_path(folder)
+        hosts.first(lambda: _begin(folder, fingerprint))
+        found = read_json(folder / MANIFEST)["fingerprint"]
         return cls(folder, _digest(found))
 
     def _hash(self, text: str) -> str:
@@ -235,7 +223,8 @@ class TrajectoryStore:
 
     def _read(self) -> None:
         # Names that start with a dot are parts that were being written when their process ended.
-        paths = sorted(p for p in (self.folder / "data").glob("*") if not p.name.startswith("."))
+        data = self.folder / "data"
+        paths = sorted(p for p in data.iterdir() if not p.name.startswith(".")) if data.is_dir() else []
         for number, path in enumerate(paths):
             try:
                 text = path.read_text(encoding="utf-8")
@@ -252,7 +241,7 @@ class TrajectoryStore:
                 self._add(json.loads(line), path)
             self._parts = max(number, int(name[1])) + 1
 
-    def _add(self, row: dict, path: Path) -> None:
+    def _add(self, row: dict, path: AnyPath) -> None:
         trajectory = Trajectory(**{**row, "response_ids": tuple(row["response_ids"])})
         if trajectory.index in self._trajectories:
             raise JaxbakeError(f"{path}: holds trajectory {trajectory.index}, which another part holds too; delete one")
@@ -262,13 +251,16 @@ class TrajectoryStore:
         """Indices of the requests that have their response."""
         return set(self._trajectories)
 
-    def write_part(self, trajectories: Sequence[Trajectory]) -> Path:
+    def write_part(self, trajectories: Sequence[Trajectory]) -> AnyPath | None:
         """Writes one more part and returns its path. Raises JaxbakeError for an index already held, or no space."""
-        text = "".join(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
-        path = self.folder / "data" / f"part-{self._parts:05}-{self._hash(text)}.jsonl"
         if twice := self.done() & {t.index for t in trajectories}:
-            raise JaxbakeError(f"{path}: trajectory {min(twice)} is already in the folder")
-        write_whole(path, text)
+            raise JaxbakeError(f"{self.folder}: trajectory {min(twice)} is already in the folder")
+        path = None
+        if self.folder is not None:
+            text = "".join(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
+            path = self.folder / "data" / f"part-{self._parts:05}-{self._hash(text)}.jsonl"
+            if hosts.is_first():
+                write_whole(path, text)
         for trajectory in trajectories:
             self._trajectories[trajectory.index] = trajectory
         self._parts += 1
@@ -277,6 +269,27 @@ class TrajectoryStore:
     def load(self) -> list[Trajectory]:
         """All trajectories, by index."""
         return [self._trajectories[i] for i in sorted(self._trajectories)]
+
+
+def _begin(folder: AnyPath, fingerprint: dict[str, Any] | None) -> None:
+    """Starts a store where there is none, and checks that one that is there is of this fingerprint."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if fingerprint is None:
+            raise JaxbakeError(f"{folder}: holds no trajectories (no {MANIFEST})")
+        if (folder / "data").is_dir() and any((folder / "data").iterdir()):
+            raise JaxbakeError(f"{folder}: holds data but no {MANIFEST}; give another output folder")
+        write_whole(folder / "README.md", _card())
+        manifest = {"version": 1, "fingerprint": fingerprint}
+        write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    found = read_json(path).get("fingerprint")
+    if not isinstance(found, dict):
+        raise JaxbakeError(f"{path}: is damaged, it holds no fingerprint")
+    if fingerprint is not None and found != json.loads(json.dumps(fingerprint)):
+        raise JaxbakeError(
+            f"{folder}: the output folder holds another bake ({_difference(found, fingerprint)}); "
+            "give another output folder, or delete this one"
+        )
 
 
 def _difference(found: dict, wanted: dict) -> str:

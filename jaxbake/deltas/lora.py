@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.config import LoraConfig
 from jaxbake.errors import JaxbakeError, did_you_mean
 from jaxbake.models.spec import ModelConfig, linear_shapes
@@ -90,14 +91,17 @@ def _merged(weight_LIO: jax.Array, a_LIR: jax.Array, b_LRO: jax.Array, scale: ja
 
 
 def delta_digest(delta: Delta) -> str:
-    """sha256 over the factors' names, shapes, dtypes and bytes, and the scale: equal only for bitwise equal deltas."""
+    """sha256 over the factors' names, shapes, dtypes and bytes, and the scale: equal only for bitwise equal deltas.
+
+    Of factors that lie with several processes all must call it (or `hosts.fetch` them first).
+    """
     digest = hashlib.sha256()
     for slot in sorted(delta.factors):
         for name in sorted(delta.factors[slot]):
-            array = np.asarray(jax.device_get(delta.factors[slot][name]))
+            array = hosts.fetch(delta.factors[slot][name])
             digest.update(f"{slot}.{name} {array.shape} {array.dtype.name}\n".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(np.float32(jax.device_get(delta.scale)).tobytes())
+    digest.update(np.float32(hosts.fetch(delta.scale)).tobytes())
     return digest.hexdigest()
 
 

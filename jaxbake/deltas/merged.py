@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbake import hosts
 from jaxbake.deltas import lora
 from jaxbake.deltas.lora import Delta, check_fits, delta_digest
 from jaxbake.deltas.peft import is_hub_name
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, whole_folder
+from jaxbake.files import AnyPath, as_path, is_remote, read_json, whole_folder, write_whole
 from jaxbake.models import checkpoint
 
 # What goes along with the weights: tokenizer, chat template, sampling defaults, licence.
@@ -42,9 +43,11 @@ def merge(base, delta: Delta):
 
 
 def save_merged(
-    base, delta: Delta | None, path: str | Path, max_shard_size: int | str = "5GB", *, dtype: Any = None, card=None
-) -> Path:
+    base, delta: Delta | None, path: str | AnyPath, max_shard_size: int | str = "5GB", *, dtype: Any = None, card=None
+) -> AnyPath:
     """Writes base and delta as one model in Hugging Face format, whole or not at all. Returns the folder.
+
+    Of a base on a mesh no more than one tensor at a time is made whole; all processes call it, process 0 writes.
 
     Config, safetensors (sharded with an index where larger), tokenizer, generation settings and a README. Of a
     multimodal base the text part is written, as a model of its own.
@@ -56,9 +59,8 @@ def save_merged(
       card: the delta's `bakery.card.Card`, for the README.
     Raises JaxbakeError where the delta does not fit, or the folder is not empty or cannot be written.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise JaxbakeError(f"{path}: is not an empty folder; a model is never overwritten, give a new one")
+    path, delta = as_path(path), hosts.fetch(delta)
+    hosts.first(lambda: _check_new(path))
     if card is not None and delta is not None and card.delta_digest != delta_digest(delta):
         raise JaxbakeError(f"{path}: the card '{card.name}' is of another delta (`bakery.card.for_delta` adapts one)")
     as_stored = dtype is None
@@ -79,16 +81,28 @@ def save_merged(
         for name, leaf in params.items()
     }
     hf_config = read_json(Path(base.folder, "config.json"))
-    with whole_folder(path) as work:
+    # In an object store, files of any size go straight to their place; config.json comes last and makes it a model.
+    into = nullcontext(path) if is_remote(path) else whole_folder(path, last="config.json")
+    with hosts.led(into) as work:
+        work = as_path(work)
+        hosts.first(lambda: _write_companions(base, delta, card, dtype, work))
         checkpoint.write_params(params, base.config, work, hf_config, max_shard_size)
-        for pattern in _COMPANIONS:
-            for file in sorted(Path(base.folder).glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, work / file.name)
-        (work / "README.md").write_text(_readme(base, delta, card, dtype), encoding="utf-8")
-        if card is not None:
-            card.save(work / "card.json")
     return path
+
+
+def _check_new(path: AnyPath) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise JaxbakeError(f"{path}: is not an empty folder; a model is never overwritten, give a new one")
+
+
+def _write_companions(base, delta: Delta | None, card, dtype: jnp.dtype, work: AnyPath) -> None:
+    for pattern in _COMPANIONS:
+        for file in sorted(Path(base.folder).glob(pattern)):
+            if file.is_file():
+                write_whole(work / file.name, file.read_bytes())
+    write_whole(work / "README.md", _readme(base, delta, card, dtype))
+    if card is not None:
+        card.save(work / "card.json")
 
 
 def _dtype(base) -> jnp.dtype:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.config import LoraConfig
 from jaxbake.deltas.lora import Delta, check_fits, delta_digest
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, whole_folder
+from jaxbake.files import AnyPath, as_path, local_copy, read_json, whole_folder
 from jaxbake.models.families import FAMILIES
 from jaxbake.models.spec import hf_module, linear_shapes
 
@@ -27,8 +28,10 @@ METADATA_KEY = "jaxbake"  # in the header of the safetensors file, which peft an
 PLAIN, WRAPPED = "model.layers", "model.language_model.layers"
 
 
-def save_peft(delta: Delta, base, path: str | Path, card=None) -> Path:
+def save_peft(delta: Delta, base, path: str | AnyPath, card=None) -> AnyPath:
     """Writes the delta as an adapter folder that `peft` and vLLM load; whole or not at all. Returns the folder.
+
+    All processes call it, process 0 writes; of the model nothing but the delta is looked at.
 
     A strength (`with_strength`) is kept in `lora_alpha`; the factors are written as they are, in their own dtype.
     Args:
@@ -36,7 +39,7 @@ def save_peft(delta: Delta, base, path: str | Path, card=None) -> Path:
       card: its `bakery.card.Card`, written beside it and into the README.
     Raises JaxbakeError where the delta does not fit the base or the card is another delta's.
     """
-    path = Path(path)
+    path, delta = as_path(path), hosts.fetch(delta)
     check_fits(delta, base.config, str(path))
     digest = delta_digest(delta)
     if card is not None and card.delta_digest != digest:
@@ -45,26 +48,30 @@ def save_peft(delta: Delta, base, path: str | Path, card=None) -> Path:
     adapter = _adapter_config(delta, base, layers)
     notes = {"lora": asdict(delta.config), "base": base.name, "base_digest": base.digest, "delta_digest": digest}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(notes)}
-    with whole_folder(path) as work:
-        _save_file(_to_tensors(delta, layers), work / WEIGHTS_FILE, metadata)
-        (work / CONFIG_FILE).write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
-        (work / "README.md").write_text(_readme(base, card, notes), encoding="utf-8")
-        if card is not None:
-            card.save(work / "card.json")
+
+    def write() -> None:
+        with whole_folder(path, last=CONFIG_FILE) as work:
+            _save_file(_to_tensors(delta, layers), work / WEIGHTS_FILE, metadata)
+            (work / CONFIG_FILE).write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+            (work / "README.md").write_text(_readme(base, card, notes), encoding="utf-8")
+            if card is not None:
+                card.save(work / "card.json")
+
+    hosts.first(write)
     return path
 
 
-def load_peft(path: str | Path, base, *, any_base: bool = False) -> Delta:
+def load_peft(path: str | AnyPath, base, *, any_base: bool = False) -> Delta:
     """Reads an adapter folder, made by `save_peft` or by `peft`, as a delta of `base`. The inverse of `save_peft`.
 
     Raises JaxbakeError for a folder that is missing or damaged, an adapter that is not plain LoRA of one rank on the
     linear layers of every block (naming the field or the tensors), one that does not fit the base, and one that
     `save_peft` wrote for another base (unless `any_base`).
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise JaxbakeError(f"{path}: there is no such folder; give a PEFT adapter folder (with {CONFIG_FILE})")
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / CONFIG_FILE).exists():
         raise JaxbakeError(f"{path}: is no PEFT adapter folder, it has no {CONFIG_FILE}")
     adapter = read_json(path / CONFIG_FILE)
     _refuse_unsupported(adapter, path / CONFIG_FILE)
@@ -156,7 +163,7 @@ _KEY = re.compile(
 )
 
 
-def _to_factors(tensors: dict[str, np.ndarray], config, file: Path) -> dict:
+def _to_factors(tensors: dict[str, np.ndarray], config, file: AnyPath) -> dict:
     """The stacked factors of every slot the tensors cover. Raises JaxbakeError listing keys that have no place."""
     shapes, found, strange = linear_shapes(config), {}, []
     for key, value in tensors.items():
@@ -202,7 +209,7 @@ _HARMLESS = frozenset({
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
-def _refuse_unsupported(adapter: dict, file: Path) -> None:
+def _refuse_unsupported(adapter: dict, file: AnyPath) -> None:
     """Raises JaxbakeError naming the first field that says something a `Delta` cannot hold."""
     if adapter.get("peft_type") != "LORA":
         raise JaxbakeError(f"{file}: peft_type is {adapter.get('peft_type')!r}; only 'LORA' can be read")
@@ -230,14 +237,14 @@ def _refuse_unsupported(adapter: dict, file: Path) -> None:
             raise JaxbakeError(f"{file}: {name} is {str(value)[:80]}; only plain LoRA of one rank can be read")
 
 
-def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(file: AnyPath) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a safetensors file and its metadata. Raises JaxbakeError where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    if not file.is_file():
+    if not file.exists():
         raise JaxbakeError(f"{file}: there is no such file; adapters are read from safetensors only")
     try:
-        with safe_open(str(file), framework="np") as f:
+        with local_copy(file) as local, safe_open(str(local), framework="np") as f:
             return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise JaxbakeError(f"{file}: is damaged or truncated: {error}") from error
@@ -253,7 +260,7 @@ def _save_file(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, s
         raise OSError(None, str(error)) from error
 
 
-def _notes(metadata: dict[str, str], file: Path) -> dict | None:
+def _notes(metadata: dict[str, str], file: AnyPath) -> dict | None:
     """What `save_peft` noted in the file's header; None for an adapter made elsewhere."""
     if METADATA_KEY not in metadata:
         return None

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.bake.teacher import hidden_at
 from jaxbake.data.batches import Batch, Batches, shared_prefix
 from jaxbake.data.chat import Example
@@ -73,7 +74,7 @@ def fidelity(
         weights = {"all": real, "first": real & np.isin(batch.source, starts)}
         weights = {name: w.astype(np.float32) for name, w in weights.items()}
         for name, sums in _compare(base.params, delta, prefix, batch, weights, config=base.config).items():
-            total[name] += np.asarray(sums, np.float64)
+            total[name] += hosts.fetch(sums).astype(np.float64)
     (kl_before, agree_before), (kl_after, agree_after) = total["all"] / sum(sizes)
     first_before, first_after = total["first"][:, 0] / len(examples)
     return Fidelity(

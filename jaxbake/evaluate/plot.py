@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import write_whole
+from jaxbake.files import as_path, write_whole
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 LOSS, KL, AGREEMENT = "#9fb3c8", "#d64545", "#0f609b"
@@ -91,7 +91,7 @@ def plot(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
             axes.set_title(title, loc="left", fontweight="bold", pad=12)
         image = io.BytesIO()
         figure.savefig(image, format="png")
-    write_whole(Path(path), image.getvalue())
+    write_whole(as_path(path), image.getvalue())
 
 
 def _name_ends(axes, steps: list[float], values: list[float]) -> None:

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxbake import hosts
 from jaxbake import mesh as meshes
 from jaxbake.errors import JaxbakeError
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, as_path, is_remote, read_json, upload, write_whole
 from jaxbake.models import families
 from jaxbake.models.spec import ModelConfig, Param, is_param, param_specs
 
@@ -119,11 +122,13 @@ def read_params(folder: Path, config: ModelConfig, dtype, mesh: jax.sharding.Mes
 
 
 def write_params(
-    params: dict, config: ModelConfig, folder: Path, hf_config: dict, max_shard_size: int | str = "5GB"
-) -> list[Path]:
+    params: dict, config: ModelConfig, folder: AnyPath, hf_config: dict, max_shard_size: int | str = "5GB"
+) -> list[AnyPath]:
     """Writes a model in Hugging Face format: `config.json` and safetensors, sharded with an index where larger.
 
-    Every file is written beside its place and then moved there, the index last; at most one shard is held in memory.
+    Every file is written beside its place and then moved there, the index and `config.json` last. Of parameters on a
+    mesh one tensor at a time is made whole; process 0 holds at most one file's worth in memory, and writes it. All
+    processes call it.
 
     Args:
       params: a tree as `param_specs(config)` describes; stored in the dtype it has.
@@ -132,7 +137,7 @@ def write_params(
 
     Returns the files written. Raises JaxbakeError where it cannot write.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     names = [
         (spec.hf.format(layer=layer), path, layer, spec)
         for path, spec in jax.tree.flatten_with_path(param_specs(config), is_leaf=is_param)[0]
@@ -142,17 +147,8 @@ def write_params(
     shards = _shards(names, leaves, _size_of(max_shard_size))
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, shard in zip(files, shards, strict=True):
-            tensors = {}
-            for name, path, layer, spec in shard:
-                value = np.asarray(leaves[path] if layer is None else leaves[path][layer])
-                if spec.transpose:
-                    value = _transpose(value, np.empty(value.shape[::-1], value.dtype))
-                tensors[name] = np.ascontiguousarray(value)
-            with _beside(folder / file) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+
+    def finish() -> None:
         if count > 1:
             total = sum(leaf.nbytes for leaf in leaves.values())
             where = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
@@ -162,23 +158,50 @@ def write_params(
         text = dict(families.text_fields(hf_config))
         text["torch_dtype" if "torch_dtype" in text else "dtype"] = params["embed_tokens"].dtype.name
         write_whole(folder / "config.json", json.dumps(text, indent=2) + "\n")
+
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {}
+        for name, path, layer, spec in shard:
+            value = hosts.fetch(leaves[path] if layer is None else _layer(leaves[path], np.int32(layer)))
+            if hosts.is_first():
+                if spec.transpose:
+                    value = _transpose(value, np.empty(value.shape[::-1], value.dtype))
+                tensors[name] = np.ascontiguousarray(value)
+        hosts.first(partial(_write_file, tensors, folder / file))
+    hosts.first(finish)
+    written = (*files, *([INDEX] if count > 1 else []), "config.json")
+    return [folder / file for file in written]
+
+
+@jax.jit
+def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)  # the index is traced: one program for all
+
+
+def _write_file(tensors: dict[str, np.ndarray], path: AnyPath) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise JaxbakeError(f"{folder}: cannot write the model ({error})") from None
-    return [folder / file for file in (*files, *([INDEX] if count > 1 else []), "config.json")]
+        raise JaxbakeError(f"{path.parent}: cannot write the model ({error})") from None
 
 
 def digest(folder: Path, config: ModelConfig | None = None) -> str:
     """What names a base: sha256 over the architecture and every stored tensor's name, dtype, shape and bytes.
 
     Independent of how tensors are spread over files, and of fields of `config.json` that do not change the computation.
+    Several processes read a share of the tensors each, and tell each other.
     """
     folder = Path(folder)
     config = config or families.convert(read_json(folder / "config.json"))
     tensors = sorted(stored_tensors(folder).values(), key=lambda tensor: tensor.name)
     total = hashlib.sha256(json.dumps(_essence(config), sort_keys=True).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-        for tensor, content in zip(tensors, pool.map(_hash, tensors), strict=True):
-            total.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)} {content}\n".encode())
+        shares = hosts.gather(list(pool.map(_hash, hosts.share(tensors))))
+    for i, tensor in enumerate(tensors):
+        content = shares[i % len(shares)][i // len(shares)]
+        total.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)} {content}\n".encode())
     return total.hexdigest()
 
 
@@ -296,8 +319,13 @@ def _size_of(text: int | str) -> int:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, moved to `path` once it is written, removed if that fails."""
+def _beside(path: AnyPath) -> Iterator[Path]:
+    """A temporary name, moved to `path` once it is written, removed if that fails."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch, path.name)
+            upload(Path(scratch, path.name), path)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

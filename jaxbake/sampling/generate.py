@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.errors import JaxbakeError
 from jaxbake.models.decoder import Prefix, prefix_from
 from jaxbake.models.spec import ModelConfig
@@ -187,7 +188,7 @@ def generate(
         return []
     run = prepare(params, delta, prompts, config=config, **options)
     state = run.advance(run.start(), run.max_tokens)
-    out = jax.device_get((state.tokens, state.logprobs, state.lengths, state.finished))
+    out = hosts.fetch((state.tokens, state.logprobs, state.lengths, state.finished))
     return [
         Generation(tokens[:length].copy(), logprobs[:length].copy(), bool(finished))
         for tokens, logprobs, length, finished in zip(*(x[: len(prompts)] for x in out), strict=True)

@@ -1,0 +1,165 @@
+"""Processes that bake together, through the command line: forked from one that has imported everything, which is quick.
+
+As a script this is that one: it reads requests as JSON lines and answers so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+class Nursery:
+    """Starts groups of processes."""
+
+    def __init__(self):
+        root = Path(__file__).parents[1]
+        env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONWARNINGS": "ignore", "XLA_FLAGS": ""}
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen([sys.executable, __file__], env=env, **pipe)
+        self._count = 0
+
+    def _ask(self, request: dict):
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, processes: int, *arguments: str, log: Path, **settings) -> Group:
+        """`jaxbake ARGUMENTS` in so many processes; settings as for `_child`."""
+        self._count += 1
+        logs = [str(log / f"{self._count}-{i}.log") for i in range(processes)]
+        where = []
+        if processes > 1:
+            where = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
+        requests = [
+            {"arguments": [*arguments, *where, *([f"--process={i}"] if where else [])], "log": logs[i], **settings}
+            for i in range(processes)
+        ]
+        return Group(self, [self._ask(request) for request in requests], [Path(path) for path in logs])
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+
+class Group:
+    """Some processes of one bake."""
+
+    def __init__(self, nursery: Nursery, pids: list[int], logs: list[Path]):
+        self._nursery, self.pids, self.logs = nursery, pids, logs
+
+    def until(self, text: str, seconds: float = 120) -> None:
+        """Returns once process 0 has said it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.logs[0].read_text():
+            assert time.monotonic() < deadline, f"never said {text!r}: {self.said()}"
+            time.sleep(0.01)
+
+    def codes(self, seconds: float = 120) -> list[int]:
+        """Exit codes, minus the signal's number for a killed one; -99 for one that did not end in time."""
+        return self._nursery._ask({"wait": self.pids, "seconds": seconds})
+
+    def said(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.logs)
+
+
+def _wait(pids: list[int], seconds: float) -> list[int]:
+    deadline, codes = time.monotonic() + seconds, {}
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+        if time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+                codes[pid] = -99
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def _child(arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, peer_timeout: int = 20) -> None:
+    """One process of the command line, whose recipe is a bake of the tiny model and its exports.
+
+    Process 0 says where it is, and what that has cost. pause: seconds after each step.
+    """
+    import faulthandler
+    import signal
+
+    import jax
+    import tiny_base as tiny
+
+    import jaxbake as jb
+    from jaxbake import run
+    from jaxbake.cli import app, show
+
+    faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where a process stands
+    jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"jaxbake-tests-{os.getuid()}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_share_binary_between_hosts", True)  # one compiles for all: they share a core
+
+    def say(self, stage, done, total, info):
+        print(stage, done, f"({time.process_time():.1f} s)", flush=True)
+        time.sleep(pause if stage == "bake" else 0)
+
+    def run_recipe(recipe, root, output, progress):
+        mesh = run._mesh()
+        base = tiny.spread(tiny.tiny_base(), mesh) if mesh else tiny.tiny_base()
+        config = tiny.with_train(steps=steps, checkpoint_every=10, eval_every=30)
+        result = tiny.tiny_bake(output, config, base=base, progress=progress)
+        jb.save_peft(result.delta, base, output / "peft", card=result.card)
+        return result
+
+    show.Bars.__call__ = say
+    show.print_json = lambda value: print("done", flush=True)
+    run.run_recipe = run_recipe
+    jb.BakeResult.to_dict = lambda self: {}
+    os.environ["JAXBAKE_PEER_TIMEOUT"] = str(peer_timeout)
+    app([*arguments, "--json"])
+
+
+def _serve() -> None:
+    import gc
+    import signal
+
+    import tiny_base
+    from orbax.checkpoint import v1  # noqa: F401
+
+    import jaxbake.bake.loop  # noqa: F401  (and all the others: what is imported here is there in every child)
+    import jaxbake.run  # noqa: F401
+
+    tiny_base.tokenizer()
+    gc.freeze()
+    out = os.dup(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _wait(request["wait"], request["seconds"])
+        elif not (answer := os.fork()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.close(0)
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(out)
+            _child(**request)
+        else:
+            open(request["log"], "a").close()
+        os.write(out, f"{json.dumps(answer)}\n".encode())
+
+
+if __name__ == "__main__":
+    _serve()
