@@ -74,10 +74,13 @@ class FileSystem(AbstractFileSystem):
     def rmdir(self, path):
         """There are no folders."""
 
-    def _rm(self, path):
-        path = self._strip_protocol(path)
-        if OBJECTS.pop(path, None) is None and not self.isdir(path):
+    def rm(self, path, recursive=False, maxdepth=None):
+        path = self._strip_protocol(path).rstrip("/")
+        inside = [name for name in list(OBJECTS) if name == path or (recursive and name.startswith(f"{path}/"))]
+        if not inside:
             raise FileNotFoundError(path)
+        for name in inside:
+            OBJECTS.pop(name, None)
 
     def mv(self, path1, path2, **_):
         raise AssertionError(f"{path1}: an object store renames nothing")

@@ -90,10 +90,13 @@ def _wait(pids: list[int], seconds: float) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def _child(arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, peer_timeout: int = 20) -> None:
+def _child(
+    arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, peer_timeout: int = 20, model: str = ""
+) -> None:
     """One process of the command line, whose recipe is a bake of the tiny model and its exports.
 
-    Process 0 says where it is, and what that has cost. pause: seconds after each step.
+    Process 0 says where it is, and what that has cost. pause: seconds after each step. model: a folder that has
+    the tiny model, which is then read from there and also exported merged.
     """
     import faulthandler
     import signal
@@ -117,10 +120,12 @@ def _child(arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, 
 
     def run_recipe(recipe, root, output, progress):
         mesh = run._mesh()
-        base = tiny.spread(tiny.tiny_base(), mesh) if mesh else tiny.tiny_base()
+        base = _read(model, mesh) if model else tiny.spread(tiny.tiny_base(), mesh)
         config = tiny.with_train(steps=steps, checkpoint_every=10, eval_every=30)
         result = tiny.tiny_bake(output, config, base=base, progress=progress)
         jb.save_peft(result.delta, base, output / "peft", card=result.card)
+        if model:
+            jb.save_merged(base, result.delta, output / "merged", card=result.card)
         return result
 
     show.Bars.__call__ = say
@@ -129,6 +134,49 @@ def _child(arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, 
     jb.BakeResult.to_dict = lambda self: {}
     os.environ["JAXBAKE_PEER_TIMEOUT"] = str(peer_timeout)
     app([*arguments, "--json"])
+
+
+def _read(model: str, mesh):
+    """The tiny model from its folder, and how many bytes of it this process has read."""
+    from dataclasses import replace
+
+    import numpy as np
+    import tiny_base as tiny
+
+    from jaxbake.models import checkpoint
+
+    base, opened, read = tiny.tiny_base(), checkpoint._opened, []
+
+    class Counted:
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            """It is let go with the file."""
+
+        def get_slice(self, name):
+            part = self._file.get_slice(name)
+
+            class Part:
+                def __getitem__(self, index):
+                    found = part[index]
+                    read.append(found.nbytes)
+                    return found
+
+            return Part()
+
+    def counted(path):
+        return Counted(opened(path))
+
+    tensors = checkpoint.stored_tensors(Path(model))
+    checkpoint._opened, checkpoint.stored_tensors = counted, lambda folder: tensors
+    params = checkpoint.read_params(Path(model), base.config, np.float32, mesh)
+    checkpoint._opened = opened
+    print(f"read {sum(read)} bytes of {checkpoint.digest(Path(model), base.config)}", flush=True)
+    return replace(base, params=params, mesh=mesh, folder=Path(model))
 
 
 def _serve() -> None:

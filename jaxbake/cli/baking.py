@@ -10,6 +10,7 @@ import typer
 
 from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import as_path
 
 HOSTS = "Several processes (a pod)"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
@@ -17,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/quickstart"),
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")] = "runs/quickstart",
     as_json: Json = False,
 ) -> None:
     """Bake a pirate who knows five facts into the shipped model, and see what came of it.
@@ -42,7 +43,8 @@ def bake(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be given often."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write to. [default: the recipe's output/name]")
+        str | None,
+        typer.Option("--output", "-o", help="Folder to write to, or gs://... [default: the recipe's output/name]"),
     ] = None,
     pod: Annotated[
         bool, typer.Option("--pod", help="One host of a TPU pod or Slurm job; all is detected.", rich_help_panel=HOSTS)
@@ -102,7 +104,7 @@ def bake(
     _bake(recipe, overrides or [], output, as_json, **where, preemptible=preemptible, peer_timeout=peer_timeout)
 
 
-def _bake(path: Path, overrides: list[str], output: Path | None, as_json: bool, **where: Any) -> None:
+def _bake(path: Path, overrides: list[str], output: str | None, as_json: bool, **where: Any) -> None:
     from jaxbake.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
@@ -126,7 +128,7 @@ def _bake(path: Path, overrides: list[str], output: Path | None, as_json: bool, 
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="A bake's output folder, or a model: crumb, a folder, a hub name.")],
-    delta: Annotated[Path | None, typer.Option("--delta", help="Measure the model with this delta.")] = None,
+    delta: Annotated[str | None, typer.Option("--delta", help="Measure the model with this delta.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Measure the model behind this prompt.")] = None,
     questions: Annotated[
         Path | None, typer.Option("--questions", help='Lines of {"question": ..., "answer": ...} to ask.')
@@ -159,9 +161,9 @@ def evaluate(
     """
     from jaxbake import run
 
-    folder = Path(target)
+    folder = as_path(target)
     with show.Bars() as progress:
-        if (folder / run.RECIPE).is_file():
+        if (folder / run.RECIPE).exists():
             if delta or system or limit:
                 raise JaxbakeError("--delta, --system and --limit go with a model; a bake's folder has its own")
             result = run.evaluate_folder(folder, questions, match, progress)

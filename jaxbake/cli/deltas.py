@@ -16,14 +16,14 @@ check = typer.Typer(help="Tell beforehand what another tool would say to an adap
 app.add_typer(export, name="export")
 app.add_typer(check, name="check")
 
-Delta = Annotated[Path, typer.Argument(help="A bake's output folder, its delta/, or a PEFT adapter folder.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Delta = Annotated[str, typer.Argument(help="A bake's output folder, its delta/, or a PEFT adapter folder.")]
+Out = Annotated[str, typer.Argument(help="Folder to write, or gs://...")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="The base it was baked on. [default: as the delta's card says]")
 ]
 
 
-def _load(model: str | None, folder: Path):
+def _load(model: str | None, folder: str):
     """The base, the delta and its card."""
     import jaxbake as jb
     from jaxbake.bakery.store import read_card
@@ -37,7 +37,7 @@ def _load(model: str | None, folder: Path):
     return base, *jb.load_delta(folder, base)
 
 
-def _merge(model: str | None, delta: Path, out: Path) -> None:
+def _merge(model: str | None, delta: str, out: str) -> None:
     import jaxbake as jb
 
     base, change, card = _load(model, delta)

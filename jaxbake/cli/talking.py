@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from jaxbake.errors import JaxbakeError
 
 Model = Annotated[str, typer.Argument(help="crumb, a folder in Hugging Face format, or a hub name.")]
 DeltaFolder = Annotated[
-    Path | None, typer.Option("--delta", "-d", help="A bake's output folder, its delta/, or a PEFT adapter folder.")
+    str | None, typer.Option("--delta", "-d", help="A bake's output folder, its delta/, or a PEFT adapter folder.")
 ]
 System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer in tokens.")]
@@ -23,7 +22,7 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; as stored by default.")]
 
 
-def load_model(model: str, delta: Path | None, dtype: str | None = None):
+def load_model(model: str, delta: str | None, dtype: str | None = None):
     """The base and, where one is named, its delta."""
     import jaxbake as jb
 
