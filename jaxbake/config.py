@@ -113,12 +113,16 @@ class RetentionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The divergence between teacher and student at every response token."""
+    """The divergence between teacher and student at every response token.
+
+    implementation: how it is computed, which changes speed and memory only; see `objectives.fused_kl`.
+    """
 
     divergence: Literal["forward", "reverse", "jsd", "cross_entropy"] = "forward"
     beta: float = 0.5
     temperature: float = 1.0
     chunk_size: int | None = None
+    implementation: Literal["auto", "xla", "pallas", "pallas_recompute"] = "auto"
 
     def __post_init__(self):
         _require(self.temperature > 0, f"loss.temperature: {self.temperature} must be above 0")

@@ -93,6 +93,7 @@ def _divergence(student_BKD, params, targets: Targets | None, batch: Batch, conf
         student_BKD, unembedding(params), targets.hidden, targets.unembed, batch.weights, targets_N=batch.targets,
         divergence=loss.divergence, temperature=loss.temperature, softcap=config.logit_softcap,
         teacher_softcap=targets.softcap, beta=loss.beta, chunk_size=loss.chunk_size,
+        implementation=loss.implementation,
     )  # fmt: skip
 
 

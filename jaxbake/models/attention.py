@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from jaxbake.chip import Chip, chip
 from jaxbake.errors import JaxbakeError
-from jaxbake.models import flash
 from jaxbake.models.linear import einsum
 
 MASKED = -1e30
@@ -87,6 +86,8 @@ def attend(
         implementation = choose(here, q_BTNH, softcap)
     match implementation:
         case "pallas":
+            from jaxbake.models import flash  # Pallas takes its time to import
+
             return flash.attend(
                 q_BTNH, blocks, scale=scale, softcap=softcap, kind=here.kind, interpret=here.platform != "tpu"
             )

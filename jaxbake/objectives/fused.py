@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings, prepare, soft_logits
+from jaxbake.chip import chip
+from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings, has_kernel, prepare, soft_logits
 
 
 def fused_kl(
@@ -34,6 +35,7 @@ def fused_kl(
     teacher_softcap: float | None | EllipsisType = ...,
     beta: float = 0.5,
     chunk_size: int | None = None,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum over tokens of the divergence between teacher and student, and the sum of the weights.
 
@@ -60,6 +62,10 @@ def fused_kl(
       beta: the teacher's share of the mixture of `jsd`, between 0 and 1.
       chunk_size: the most tokens whose logits exist at a time; see `default_chunk_size`. On accelerators some hundred
         are needed for the products to be bound by arithmetic.
+      implementation: "xla", chunks of tokens; "pallas", kernels for the forward divergence and its gradient, which keep
+        a chunk's two arrays of logits and nothing more of that size; "pallas_recompute", which keeps none at 5/3 of
+        the products. Where there is no TPU or GPU they are interpreted. "auto" is "pallas" on a TPU where there is a
+        kernel for it (forward, bfloat16 or float32), else "xla". Undifferentiated values are always "xla".
 
     Returns:
       (sum, count), scalars of float32 (float64 if an input is).
@@ -70,7 +76,7 @@ def fused_kl(
     how, tokens, heads, weights_N = prepare(
         student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N,
         targets_N=targets_N, divergence=divergence, temperature=temperature, softcap=softcap,
-        teacher_softcap=teacher_softcap, beta=beta, chunk_size=chunk_size,
+        teacher_softcap=teacher_softcap, beta=beta, chunk_size=chunk_size, implementation=implementation,
     )  # fmt: skip
     return jnp.sum(weights_N * _token_losses(how, tokens, heads)), jnp.sum(weights_N)
 
@@ -119,6 +125,9 @@ def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
 
 def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
     def loss_and_grad(chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+        if (kernel := _kernel(how, chunk, heads)) is not None:
+            loss_C, grad_CD = kernel(how, chunk, heads)
+            return loss_C, grad_CD.astype(chunk.hidden_ND.dtype)
         loss_C, dlogits_CV = _chunk_loss(how, chunk, heads)
         unembed_VD = heads.student_VD
         if unembed_VD.dtype == jnp.bfloat16:  # its exponents hold the smallest probabilities; float16's would not
@@ -130,6 +139,25 @@ def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[ja
         return loss_C, (grad_CD / how.temperature).astype(chunk.hidden_ND.dtype)
 
     return _map_chunks(loss_and_grad, tokens, how.chunk_size)
+
+
+def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
+    """The kernel for a chunk's loss and gradient on the chip at hand, or None; `fused_kl` has the rule."""
+    here = chip()
+    if how.implementation == "auto":
+        operands = jax.tree.leaves((tokens._replace(targets_N=None), heads))
+        if not (here.platform == "tpu" and here.alone and has_kernel(how.name, operands)):
+            return None
+    elif how.implementation == "xla":
+        return None
+    if here.platform == "gpu":
+        from jaxbake.objectives.kernel_gpu import loss_and_grad  # Pallas takes its time to import
+
+        return loss_and_grad
+    from jaxbake.objectives.kernel import loss_and_grad
+
+    recompute = how.implementation == "pallas_recompute"
+    return partial(loss_and_grad, recompute=recompute, kind=here.kind, interpret=here.platform != "tpu")
 
 
 def _token_losses_bwd(how: Divergence, grad_ND: jax.Array, cotangent_N: jax.Array) -> tuple[Tokens, None]:

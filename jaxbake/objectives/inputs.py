@@ -16,6 +16,7 @@ from jaxbake.chip import chip
 from jaxbake.errors import JaxbakeError, did_you_mean
 
 DIVERGENCES = ("forward", "reverse", "jsd", "cross_entropy")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_recompute")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Divergence:
     teacher_softcap: float | None
     beta: float
     chunk_size: int
+    implementation: str = "auto"
 
 
 class Tokens(NamedTuple):
@@ -46,14 +48,15 @@ class Heads(NamedTuple):
 
 
 def default_chunk_size(vocab_size: int) -> int:
-    """Tokens per chunk: the power of two whose float32 logits take 32 to 64 MiB, and 512 where that would be more.
+    """Tokens per chunk. On a TPU or GPU 512: fewer take no less time, which goes into reading the unembedding.
 
+    On a CPU the power of two whose float32 logits take 32 to 64 MiB, and 256 where that would be more: more tokens make
+    the products no faster, every fresh page is paid for, and where logits are few, smaller chunks stay in the cache.
     Two such arrays, the student's and the teacher's, and two or three of that size beside them are alive at a time.
-    More than 512 tokens (256 on a CPU, which pays for every fresh page) make the products no faster, and where logits
-    are few, smaller chunks stay in the cache.
     """
-    most = 256 if chip().platform == "cpu" else 512
-    return min(most, 2 ** max(0, int(math.log2(64 * 2**20 / (4 * vocab_size)))))
+    if chip().platform != "cpu":
+        return 512
+    return min(256, 2 ** max(0, int(math.log2(64 * 2**20 / (4 * vocab_size)))))
 
 
 def prepare(
@@ -70,6 +73,7 @@ def prepare(
     teacher_softcap: float | None | EllipsisType = ...,
     beta: float = 0.5,
     chunk_size: int | None = None,
+    implementation: str = "auto",
 ) -> tuple[Divergence, Tokens, Heads, jax.Array]:
     """Checks the arguments of `fused_kl` and gives (settings, tokens, heads, weights [N] in the dtype of the loss).
 
@@ -94,6 +98,10 @@ def prepare(
         )
     if chunk_size is not None and not (isinstance(chunk_size, Integral) and chunk_size > 0):
         raise JaxbakeError(f"chunk_size is {chunk_size!r}; it must be a positive number of tokens, or None")
+
+    if implementation not in IMPLEMENTATIONS:
+        known = did_you_mean(str(implementation), IMPLEMENTATIONS)
+        raise JaxbakeError(f"implementation '{implementation}' is unknown; {known}")
 
     student_hidden_ND, student_unembed_VD = jnp.asarray(student_hidden_ND), jnp.asarray(student_unembed_VD)
     lead = _check_head("student", student_hidden_ND, student_unembed_VD)
@@ -122,6 +130,11 @@ def prepare(
     _check_lead("weights_N", weights_N.shape, lead)
 
     operands = jax.tree.leaves((student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD))
+    if implementation.startswith("pallas") and not has_kernel(divergence, operands):
+        raise JaxbakeError(
+            f"implementation '{implementation}' has a kernel for divergence 'forward' in bfloat16 or float32 only; "
+            f"here it is '{divergence}' in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' or 'xla'"
+        )
     weights_N = weights_N.reshape(-1).astype(jnp.result_type(jnp.float32, *operands))
     counted_N = weights_N != 0
 
@@ -138,9 +151,15 @@ def prepare(
         None if teacher_softcap is None else float(teacher_softcap),
         float(beta),
         default_chunk_size(student_unembed_VD.shape[0]) if chunk_size is None else int(chunk_size),
+        implementation,
     )
     tokens = Tokens(rows(student_hidden_ND, 1), lax.stop_gradient(rows(teacher_hidden_ND, 1)), rows(targets_N, 0))
     return settings, tokens, lax.stop_gradient(Heads(student_unembed_VD, teacher_unembed_VD)), weights_N
+
+
+def has_kernel(divergence: str, operands: list[jax.Array]) -> bool:
+    """Whether the kernels can: the others' gradients need means over the vocabulary, which take another sweep."""
+    return divergence == "forward" and all(x.dtype in (jnp.bfloat16, jnp.float32) for x in operands)
 
 
 def dot_settings(*operands: jax.Array) -> dict:
