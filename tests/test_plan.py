@@ -48,6 +48,16 @@ def test_a_known_trip_count_is_taken():
     assert read_costs(text).open_loops == 0
 
 
+def test_hand_written_kernels_count_what_they_declare():
+    assert read_costs(HLO).kernel_flops == 0
+    said = (
+        'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"4096",'
+    )
+    text = HLO.replace('custom_call_target="tpu_custom_call"', said + '"transcendentals":"1"}}}')
+    assert read_costs(text).kernel_flops == 3 * 4096
+    assert read_costs(text).cycles == read_costs(HLO).cycles
+
+
 def test_parts_of_the_text():
     operation = "(f32[2]{0:T(8,128)S(1)}, /*index=1*/(u32[])) fusion(%a, %b.1), kind=kLoop, calls=%c"
     assert split_operation(operation) == (

@@ -145,7 +145,7 @@ def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
     """The kernel for a chunk's loss and gradient on the chip at hand, or None; `fused_kl` has the rule."""
     here = chip()
     if how.implementation == "auto":
-        operands = jax.tree.leaves((tokens._replace(targets_N=None), heads))
+        operands = [x for x in (*tokens[:2], *heads[:2]) if x is not None]
         if not (here.platform == "tpu" and here.alone and has_kernel(how.name, operands)):
             return None
     elif how.implementation == "xla":

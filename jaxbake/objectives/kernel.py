@@ -26,8 +26,16 @@ from jaxbake.objectives.inputs import Divergence, Heads, Tokens
 
 ABSENT = -1e30
 LANES = 128
-TILES: dict[tuple[str, str], tuple[int, int]] = {}
-TILES_ELSEWHERE = (512, 512)
+TILES = {
+    ("TPU v5 lite", "bfloat16"): (512, 256),
+    ("TPU v5", "bfloat16"): (512, 256),
+    ("TPU v6 lite", "bfloat16"): (1024, 256),
+}
+"""Tokens and vocabulary rows of a tile by chip and dtype. Each tile of tokens reads the whole unembedding twice: there
+must be so many that the products take longer than that, on a v6e twice as many as on the others. More vocabulary rows
+make longer programs, not faster ones: 512 took within 3 % of the cycles of 256."""
+TILES_ELSEWHERE = (128, 256)
+_VMEM = 72 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def loss_and_grad(
       tiles: tokens and vocabulary rows of a tile; by default what was found best for the chip `kind`.
     """
     count, vocab = tokens.hidden_ND.shape[0], heads.student_VD.shape[0]
-    rows, columns = tiles or TILES.get((kind, str(heads.student_VD.dtype)), TILES_ELSEWHERE)
+    rows, columns = tiles or _tiles(kind, tokens, heads)
     rows = -(-count // (16 * pl.cdiv(count, rows))) * 16  # little padding
     columns = min(columns, -(-vocab // LANES) * LANES)
     set_ = _Settings(how.temperature, how.softcap, how.teacher_softcap, rows, columns, recompute, interpret)
@@ -73,6 +81,18 @@ def loss_and_grad(
     loss, grad = _terms(set_, valid, student, teacher, heads, statistics, logits)
     loss = jnp.sum(loss[:count], axis=-1)
     return lax.psum(loss, axes) if axes else loss, grad[:count] / how.temperature
+
+
+def _tiles(kind: str, tokens: Tokens, heads: Heads) -> tuple[int, int]:
+    """What the table says, with fewer tokens where their states, gradients and the tiles of W would not fit VMEM."""
+    dtype = jnp.result_type(*(x for x in (*tokens[:2], *heads[:2]) if x is not None))
+    rows, columns = TILES.get((kind, str(dtype)), TILES_ELSEWHERE)
+    width = tokens.hidden_ND.shape[1]
+    widths = width + tokens.teacher_hidden_NE.shape[1]
+    tables = 2 * columns * dtype.itemsize * (width if heads.teacher_VE is None else widths)
+    while rows > 64 and tables + 2 * rows * (widths * dtype.itemsize + 4 * width) > _VMEM:
+        rows //= 2
+    return rows, columns
 
 
 def _join(peak_CL: jax.Array, total_CL: jax.Array, axes: tuple[str, ...]) -> list[jax.Array]:

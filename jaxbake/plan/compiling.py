@@ -148,8 +148,9 @@ def _figures(
         **common, peak=peak, temporary=account.temp_size_in_bytes, code=account.generated_code_size_in_bytes
     )
     costs = read_costs(compiled.as_text())
+    kernels = math.ceil(costs.kernel_flops / topology.chip.flops_per_cycle)
     return Figures(
-        program, memory, seconds, flops, bound, costs.cycles,
+        program, memory, seconds, flops, bound, costs.cycles + kernels,
         {kind: asdict(traffic) for kind, traffic in sorted(costs.collectives.items())},
         asdict(costs.waiting), costs.unestimated, tokens,
     )  # fmt: skip

@@ -33,7 +33,8 @@ class Memory:
 class Figures:
     """One program. flops: of the matrix products, of all chips. cycles: estimated, of one chip; of one token for the
     sampler. bound: cycles that the flops alone would take. collectives: kind -> {"count", "bytes"} on a chip.
-    waiting: those among them that the estimate leaves out. unestimated: kernels that it leaves out."""
+    waiting: those among them that the estimate leaves out. unestimated: hand-written kernels, of which the compiler
+    estimates nothing; they are in `cycles` as what their operations take at the chip's peak."""
 
     program: str
     memory: Memory

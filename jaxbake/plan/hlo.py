@@ -2,8 +2,8 @@
 
 The compiler writes its estimate beside every operation it schedules (`estimated_cycles` in the backend_config) and the
 text says which computation a loop repeats and how often. Collectives that the program waits for, and kernels written
-by hand, carry no estimate; how many of them there are is part of the result, so that nobody takes the sum for more
-than it is.
+by hand, carry no estimate; how many of them there are, and the operations the kernels say they do, are part of the
+result, so that nobody takes the sum for more than it is.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Costs:
     """Of one run of a program on one chip.
 
     cycles: the compiler's estimates, summed. collectives: by kind. open_loops: loops that run until something computed
-    says stop; their body is counted once (one token, in decoding). unestimated: kernels without an estimate that run.
-    waiting: collectives that the program waits for, without an estimate.
+    says stop; their body is counted once (one token, in decoding). unestimated: kernels without an estimate that run;
+    kernel_flops: the operations that these declare (`cost_estimate`). waiting: collectives that the program waits for, without an estimate.
     """
 
     cycles: int = 0
@@ -79,6 +79,7 @@ class Costs:
     open_loops: int = 0
     unestimated: int = 0
     waiting: Traffic = Traffic()
+    kernel_flops: int = 0
 
     def __add__(self, other: Costs) -> Costs:
         kinds = {**self.collectives, **other.collectives}
@@ -89,12 +90,15 @@ class Costs:
             self.open_loops + other.open_loops,
             self.unestimated + other.unestimated,
             self.waiting + other.waiting,
+            self.kernel_flops + other.kernel_flops,
         )
 
     def times(self, n: int) -> Costs:
         """Of n runs; a loop stays one loop."""
         moved = {kind: traffic.times(n) for kind, traffic in self.collectives.items()}
-        return Costs(self.cycles * n, moved, self.open_loops, self.unestimated * n, self.waiting.times(n))
+        return Costs(
+            self.cycles * n, moved, self.open_loops, self.unestimated * n, self.waiting.times(n), self.kernel_flops * n
+        )
 
 
 def read_costs(text: str) -> Costs:
@@ -185,7 +189,10 @@ class _Module:
         if operation.opcode in ("call", "async-start"):
             return sum((self.costs(name) for name in operation.called), own)
         by_hand = operation.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in operation.rest
-        return own + Costs(unestimated=1) if by_hand and operation.cycles is None else own
+        if not by_hand or operation.cycles is not None:
+            return own
+        declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', operation.rest)
+        return own + Costs(unestimated=1, kernel_flops=int(declared[1]) if declared else 0)
 
     def trip_count(self, loop: Instruction, where: str) -> int | None:
         """How often a loop runs: as the compiler says, or from a counter compared with a constant; None where open."""

@@ -94,5 +94,5 @@ def remarks(case: Case) -> list[str]:
         said.append(f"The compiler gives no cycles for collectives the program waits for: {counted}.")
     if any(f.unestimated for f in case.figures):
         kernels = ", ".join(f"{f.unestimated} in {f.program}" for f in case.figures if f.unestimated)
-        said.append(f"It gives none for these runs of hand-written kernels either: {kernels}.")
+        said.append(f"It gives none for hand-written kernels either: {kernels} runs count at the products' peak speed.")
     return said
