@@ -71,7 +71,8 @@ class Costs:
 
     cycles: the compiler's estimates, summed. collectives: by kind. open_loops: loops that run until something computed
     says stop; their body is counted once (one token, in decoding). unestimated: kernels without an estimate that run;
-    kernel_flops: the operations that these declare (`cost_estimate`). waiting: collectives that the program waits for, without an estimate.
+    kernel_flops: the operations that these declare (`cost_estimate`). waiting: collectives that the program waits for,
+    without an estimate.
     """
 
     cycles: int = 0
