@@ -1,4 +1,5 @@
-"""What a bake's compiled programs take, as shapes with shardings: for compiling where no weights and no chips are."""
+"""What a bake's compiled programs take: shapes and shardings, for compiling without weights or chips, and the placing
+of real batches."""
 
 from __future__ import annotations
 
@@ -6,14 +7,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxbake.bake.step import BakeState, init_state
+from jaxbake.bake.step import BakeState, init_state, state_axes
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Shape, View
-from jaxbake.mesh import sharding
-from jaxbake.models.decoder import Prefix
-from jaxbake.models.spec import ModelConfig, is_param, linear_shapes, param_specs
+from jaxbake.mesh import AnyMesh, check, put, sharding
+from jaxbake.models.decoder import PREFIX_AXES, Prefix
+from jaxbake.models.spec import ModelConfig, is_param, param_specs
+
+_ROWS, _MATCHED = ("batch", "seq"), ("batch", "matched")
+_VIEW = View(tokens=_ROWS, positions=_ROWS, segments=_ROWS, prefix=_ROWS, index=_MATCHED)
+BATCH_AXES = Batch(student=_VIEW, teacher=_VIEW, targets=_MATCHED, weights=_MATCHED, source=_MATCHED)
+"""Logical axes of every array of a batch."""
+
+HIDDEN_AXES = ("batch", "matched", None)
+"""Logical axes of the teacher's hidden states [B, K, D]."""
+
+
+def put_batch(batch: Batch, mesh: AnyMesh | None) -> Batch:
+    """A batch on the mesh, its rows over replica and fsdp; every process gives the whole and passes on its own rows."""
+    return jax.tree.map(lambda x, axes: put(x, axes, mesh), batch, BATCH_AXES)
 
 
 class StepInputs(NamedTuple):
@@ -26,55 +39,47 @@ class StepInputs(NamedTuple):
     teacher_hidden: jax.ShapeDtypeStruct
 
 
-def _struct(shape, dtype, axes, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+def _struct(shape, dtype, axes, mesh: AnyMesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding(axes, mesh, shape))
 
 
-def params_inputs(config: ModelConfig, mesh: Mesh | None, dtype=jnp.bfloat16) -> Any:
-    """The base's parameters."""
+def params_inputs(config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16) -> Any:
+    """The base's parameters. Raises JaxbakeError where the mesh does not divide the model."""
+    if mesh is not None:
+        check(config, mesh)
     specs = param_specs(config)
     return jax.tree.map(lambda p: _struct(p.shape, dtype, p.axes, mesh), specs, is_leaf=is_param)
 
 
-def state_inputs(config: ModelConfig, bake_config: BakeConfig, mesh: Mesh | None) -> BakeState:
+def state_inputs(config: ModelConfig, bake_config: BakeConfig, mesh: AnyMesh | None) -> BakeState:
     """The state: factors, and the optimizer's moments of them, lie as the weight they belong to; the rank is whole."""
-    axes = {}
-    for slot, ((_, axis_in), (_, axis_out)) in linear_shapes(config).items():
-        axes[slot, "a"], axes[slot, "b"] = ("layers", axis_in, "rank"), ("layers", "rank", axis_out)
-
-    def place(path, leaf):
-        names = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))[-2:]
-        spread = mesh and (
-            sharding(axes[names], mesh, leaf.shape) if names in axes else NamedSharding(mesh, PartitionSpec())
-        )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread)
-
     state = jax.eval_shape(lambda key: init_state(key, config, bake_config), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree.map(lambda x, axes: _struct(x.shape, x.dtype, axes, mesh), state, state_axes(state, config))
 
 
-def prefix_inputs(config: ModelConfig, length: int, mesh: Mesh | None, dtype=jnp.bfloat16) -> Prefix | None:
-    """A prompt's keys and values, the same for all rows."""
+def prefix_inputs(config: ModelConfig, length: int, mesh: AnyMesh | None, dtype=jnp.bfloat16) -> Prefix | None:
+    """A prompt's keys and values, the same for all rows; split over tokens, and gathered layer by layer."""
     if not length:
         return None
     shape = (config.num_layers, length, config.num_kv_heads, config.head_dim)
-    one = _struct(shape, dtype, ("layers", "seq", "kv_heads", "head_dim"), mesh)
+    axes = PREFIX_AXES
+    if config.num_kv_heads % (1 if mesh is None else mesh.shape.get("tp", 1)):
+        axes = tuple(None if axis == "kv_heads" else axis for axis in axes)  # every device has all of them
+    one = _struct(shape, dtype, axes, mesh)
     return Prefix(one, one)
 
 
-def batch_inputs(shape: Shape, mesh: Mesh | None) -> Batch:
+def batch_inputs(shape: Shape, mesh: AnyMesh | None) -> Batch:
     """Rows of both views."""
 
-    def array(length, dtype=jnp.int32):
-        return _struct((shape.rows, length), dtype, ("batch", "seq"), mesh)
-
     def view(length):
-        tokens, index = array(length), array(shape.matched)
-        return View(tokens=tokens, positions=tokens, segments=tokens, prefix=tokens, index=index)
+        row = jax.ShapeDtypeStruct((shape.rows, length), jnp.int32)
+        return View(row, row, row, row, matched)
 
-    matched = array(shape.matched)
-    weights = array(shape.matched, jnp.float32)
-    return Batch(view(shape.student), view(shape.teacher), targets=matched, weights=weights, source=matched)
+    matched = jax.ShapeDtypeStruct((shape.rows, shape.matched), jnp.int32)
+    weights = jax.ShapeDtypeStruct(matched.shape, jnp.float32)
+    plain = Batch(view(shape.student), view(shape.teacher), matched, weights, matched)
+    return jax.tree.map(lambda x, axes: _struct(x.shape, x.dtype, axes, mesh), plain, BATCH_AXES)
 
 
 def step_inputs(
@@ -82,16 +87,20 @@ def step_inputs(
     bake_config: BakeConfig,
     shape: Shape,
     prefix_length: int,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     dtype=jnp.bfloat16,
 ) -> StepInputs:
-    """The arguments of `make_bake_step`'s step. Raises JaxbakeError where the mesh does not divide the model."""
+    """The arguments of `make_bake_step`'s step; `mesh` may be abstract, or of devices that are only described:
+
+        inputs = step_inputs(config, bake_config, Shape(64, 512, 512, 448), 2048, mesh)
+        make_bake_step(config, bake_config).trace(inputs.state, inputs.params, inputs.batch, inputs.prefix).lower(...)
+
+    Raises JaxbakeError where the mesh does not divide the model, the rows or the row lengths.
+    """
     return StepInputs(
         state=state_inputs(config, bake_config, mesh),
         params=params_inputs(config, mesh, dtype),
         batch=batch_inputs(shape, mesh),
         prefix=prefix_inputs(config, prefix_length, mesh, dtype),
-        teacher_hidden=_struct(
-            (shape.rows, shape.matched, config.hidden_size), dtype, ("batch", "seq", "head_dim"), mesh
-        ),
+        teacher_hidden=_struct((shape.rows, shape.matched, config.hidden_size), dtype, HIDDEN_AXES, mesh),
     )

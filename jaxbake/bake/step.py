@@ -16,8 +16,9 @@ from jaxbake.bake.teacher import Targets, Teacher, hidden_at, prompted_self
 from jaxbake.config import BakeConfig, OptimizerConfig
 from jaxbake.data.batches import Batch
 from jaxbake.deltas.lora import Delta, init_delta
+from jaxbake.mesh import constrain, mesh_of
 from jaxbake.models.decoder import Prefix, unembedding
-from jaxbake.models.spec import ModelConfig
+from jaxbake.models.spec import ModelConfig, factor_axes
 from jaxbake.objectives import fused_kl, fused_metrics
 
 
@@ -85,6 +86,18 @@ def _init_state(key, model_config, bake_config):  # compiled in one piece: op by
     return BakeState(jnp.int32(0), delta, optimizer.init(delta.factors), key, jnp.bool_(True))
 
 
+def state_axes(state: BakeState, config: ModelConfig) -> Any:
+    """Logical axes of every array of a state, in its shape: factors and the optimizer's moments of them lie as the
+    weight they belong to."""
+    known = factor_axes(config)
+
+    def axes(path, leaf):
+        slot, name = ([e.key for e in path if isinstance(e, jax.tree_util.DictKey)] + [None, None])[:2]
+        return known[slot][name] if slot in known and len(leaf.shape) == 3 else (None,) * len(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(axes, state)
+
+
 def _divergence(student_BKD, params, targets: Targets | None, batch: Batch, config: ModelConfig, loss):
     """(sum, count) over the matched tokens; cross-entropy has no teacher."""
     if targets is None:
@@ -98,12 +111,15 @@ def _divergence(student_BKD, params, targets: Targets | None, batch: Batch, conf
 
 
 def _split(tree: Any, parts: int) -> Any:
-    """Leading axis B -> [parts, B / parts], padded with zero rows (which weigh nothing) where it does not divide."""
+    """Leading axis B -> [parts, B / parts], padded with zero rows (which weigh nothing) where it does not divide.
+
+    Part i has every parts-th row from the i-th on: so every device has rows of every part.
+    """
 
     def split(x):
         rows = -(-x.shape[0] // parts)
         x = jnp.pad(x, [(0, rows * parts - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(parts, rows, *x.shape[1:])
+        return x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
 
@@ -176,6 +192,8 @@ def make_bake_step(
             good=good,
         )
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state.replace(good=good))
+        mesh = mesh_of(params)
+        kept = jax.tree.map(lambda x, axes: constrain(x, axes, mesh), kept, state_axes(kept, model_config))
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,

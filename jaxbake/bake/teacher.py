@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbake.data.batches import Batch, View
+from jaxbake.mesh import constrain, mesh_of
 from jaxbake.models.decoder import Prefix, forward
 from jaxbake.models.spec import ModelConfig
 
@@ -45,6 +46,7 @@ def hidden_at(
         params, delta, view.tokens, config=config, positions=view.positions, segment_ids=view.segments, remat=remat,
         **visible,
     )  # fmt: skip
+    hidden_BTD = constrain(hidden_BTD, ("batch", None, None), mesh_of(params))
     return jnp.take_along_axis(hidden_BTD, view.index[..., None], axis=1)
 
 

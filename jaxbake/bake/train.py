@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
-from jaxbake.bake.abstract import state_inputs
+from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, state_inputs
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog, Runs
 from jaxbake.bake.progress import Progress
@@ -28,6 +28,7 @@ from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.files import AnyPath
+from jaxbake.mesh import parts, put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
@@ -83,11 +84,14 @@ class _KnownTeacher:
         table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
         for n in range(-(-len(batches.examples) // batches.batch_size)):
             batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
-            hidden = _teacher_hidden(base.params, batch.teacher, prefix, base.config)
+            placed = put_batch(batch, base.mesh)
+            hidden = _teacher_hidden(base.params, placed.teacher, prefix, base.config)
             table[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
-        self._table = jnp.asarray(table)
+        self._mesh, self._table = base.mesh, table if base.mesh else jnp.asarray(table)
 
     def __call__(self, batch: Batch) -> jax.Array:
+        if self._mesh:  # the table stays with the host: each device is given what its rows need
+            return put(self._table[np.maximum(batch.source, 0)], HIDDEN_AXES, self._mesh)
         return _rows(self._table, batch.source)
 
 
@@ -103,7 +107,7 @@ class _HeldOut:
         self._params = base.params
         self._evaluate = make_eval_step(base.config, config)
         self._batches = []
-        for batch in map(jax.device_put, batches.all()):
+        for batch in (put_batch(batch, base.mesh) for batch in batches.all()):
             self._batches.append((batch, _teacher_hidden(base.params, batch.teacher, prefix, base.config)))
 
     def __call__(self, delta: Delta) -> dict[str, float]:
@@ -131,14 +135,16 @@ def train(
     prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
     settings, accumulate = config.train, config.optimizer.accumulate
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length, "seed": config.seed}
-    batches = Batches(examples, shared, rows_multiple=accumulate, **sizes)
+    rows = parts("batch", base.mesh)  # every device has as many of them
+    sizes["tokens_multiple"] = parts("seq", base.mesh)
+    batches = Batches(examples, shared, rows_multiple=accumulate * rows, **sizes)
     visits = settings.steps * settings.batch_size / len(examples)
     matched = sum(int(example.mask.sum()) for example in examples)
     size = matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
     teacher = None
     if visits > 1 and size <= TEACHER_BYTES and config.loss.divergence != "cross_entropy":
         teacher = _KnownTeacher(base, batches, prefix)
-    evaluate = _HeldOut(base, config, Batches(held_out, shared, **sizes), prefix)
+    evaluate = _HeldOut(base, config, Batches(held_out, shared, rows_multiple=rows, **sizes), prefix)
     step = make_bake_step(base.config, config)
     lie = base.mesh and jax.tree.map(lambda x: x.sharding, state_inputs(base.config, config, base.mesh))
     state, best = init_state(jax.random.key(config.seed), base.config, config, lie), _Best()
@@ -181,10 +187,11 @@ def train(
 
         batch = batches.batch(n)
         while n < settings.steps and not (settings.patience and best.since >= settings.patience):
+            placed = put_batch(batch, base.mesh)
             if teacher is None:
-                state, metrics = step(state, base.params, batch, prefix)
+                state, metrics = step(state, base.params, placed, prefix)
             else:
-                state, metrics = step(state, base.params, batch, teacher_hidden=teacher(batch))
+                state, metrics = step(state, base.params, placed, teacher_hidden=teacher(batch))
             n += 1
             waiting.append((n, metrics))
             batch = batches.batch(n)  # while the step runs

@@ -106,6 +106,7 @@ class Batches:
       batch_size: examples a step.
       max_length: longest row an example may need, in tokens; the part left out is not counted.
       rows_multiple: the number of rows B is a multiple of it (devices along the batch, accumulated micro-batches).
+      tokens_multiple: row lengths T are multiples of it (devices along the rows' tokens).
 
     Raises JaxbakeError for an example that is longer than max_length, or has nothing to match.
     """
@@ -119,12 +120,13 @@ class Batches:
         max_length: int,
         seed: int,
         rows_multiple: int = 1,
+        tokens_multiple: int = 1,
     ):
         if not examples:
             raise JaxbakeError("no examples to make batches of")
         self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
         self.shared = np.zeros(0, np.int32) if shared is None else np.asarray(shared, np.int32)
-        self._multiple = rows_multiple
+        self._multiple, self._tokens_multiple = rows_multiple, tokens_multiple
         student = [np.concatenate([e.student_prefix, e.tail]) for e in examples]
         teacher = [np.concatenate([e.teacher_prefix, e.tail]) for e in examples]
         # A token of the prefix stays in the row: its hidden state predicts the first token of the tail.
@@ -210,6 +212,9 @@ class Batches:
             computed += shape.rows * (shape.student + shape.teacher)
         return useful / computed
 
+    def _bucket(self, length: int) -> int:
+        return -(-_bucket(length) // self._tokens_multiple) * self._tokens_multiple
+
     def _round(self, rows: int) -> int:
         return -(-rows // self._multiple) * self._multiple
 
@@ -228,15 +233,15 @@ class Batches:
         batches = [self.chosen(step) for step in range(_PREVIEW)]
         total = np.array([side.sum() for side in (self._student.lengths, self._teacher.lengths, self._matched)])
         least = [side.max() for side in (self._student.lengths, self._teacher.lengths, self._matched)]
-        limit = max(_bucket(int(max(least[:2]))), max_length)
-        length, best = _bucket(int(least[0])), None
+        limit = max(self._bucket(int(max(least[:2]))), max_length)
+        length, best = self._bucket(int(least[0])), None
         while True:
             # Rows are filled alike when their capacities stand in proportion to the tokens; slack packs better.
-            t_teacher = max(_bucket(int(least[1])), _bucket(round(total[1] / total[0] * length)))
+            t_teacher = max(self._bucket(int(least[1])), self._bucket(round(total[1] / total[0] * length)))
             if best is not None and max(length, t_teacher) > limit:
                 return best[1]
             wanted = [round(total[2] / total[0] * length * slack) for slack in (1.0, 1.1, 1.25)]
-            for k in sorted({_bucket(max(int(least[2]), k)) for k in wanted}):
+            for k in sorted({self._bucket(max(int(least[2]), k)) for k in wanted}):
                 rows = sorted(len(self._pack(batch, Shape(1, length, t_teacher, k))) for batch in batches)
                 for usual in sorted(set(rows[len(rows) // 2 :])):
                     shapes = self._with_overflow(Shape(self._round(usual), length, t_teacher, k))
@@ -247,7 +252,7 @@ class Batches:
                         best = cost, shapes[0]
             if rows[-1] <= self._multiple:
                 return best[1]
-            length = _bucket(length * 17 // 16 + 1)
+            length = self._bucket(length * 17 // 16 + 1)
 
     def _pack(self, chosen: np.ndarray, shape: Shape) -> list[list[int]]:
         """Rows of examples: first fit, longest first, within the three capacities of a row."""

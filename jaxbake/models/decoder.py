@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake.chip import chip
+from jaxbake.mesh import AnyMesh, constrain, in_context, mesh_of
 from jaxbake.models import rope
-from jaxbake.models.attention import Keys, Seen, attend
+from jaxbake.models.attention import Keys, Seen
 from jaxbake.models.linear import LINEAR, einsum, linear
 from jaxbake.models.spec import ModelConfig
+from jaxbake.models.spread import attend_on, lookup, recompute_gathers, stationary, whole_layer
 
 NO_WINDOW = np.iinfo(np.int32).max
+PREFIX_AXES = ("layers", "prefix", "kv_heads", "head_dim")
+CACHE_AXES = ("layers", "batch", "cached", "kv_heads", "head_dim")
+"""Logical axes of a prefix's and a cache's keys and values."""
 
 
 @flax.struct.dataclass
@@ -92,25 +97,30 @@ def _project_qkv(x, layer, factors, scale, config: ModelConfig):
     return q, key, value
 
 
-def _mlp(x, layer, factors, scale, config: ModelConfig):
+def _mlp(x, layer, factors, scale, config: ModelConfig, mesh: AnyMesh | None, rows: str | None):
     if config.fused_projections:
         gate, up = jnp.split(linear(x, layer, "gate_up_proj", factors, scale), 2, axis=-1)
     else:
         gate, up = (linear(x, layer, slot, factors, scale) for slot in ("gate_proj", "up_proj"))
-    return linear(_activation(config)(gate) * up, layer, "down_proj", factors, scale)
+    inner = constrain(_activation(config)(gate) * up, (rows, "seq", "mlp"), mesh)
+    return linear(inner, layer, "down_proj", factors, scale)
 
 
-def _kept(block, remat: bool):
-    """The block, with what it keeps for the backward pass: nothing (`remat`), or on a CPU the linear layers' results.
+def _kept(block, remat: bool, mesh: AnyMesh | None):
+    """The block, with what it keeps for the backward pass: nothing (`remat`), or on a CPU the linear layers' results,
+    or else everything; but weights gathered on a mesh are gathered again, or a copy of the model would be kept.
 
     A CPU is short of memory bandwidth and pays for every fresh page: there the rest is computed again.
     """
     if remat:
-        return jax.checkpoint(block)
-    if chip().platform == "cpu":
+        policy = None
+    elif chip().platform == "cpu":
         policy = jax.checkpoint_policies.save_only_these_names(LINEAR)
-        return jax.checkpoint(block, policy=policy, prevent_cse=False)  # needless under scan
-    return block
+    elif mesh is not None:
+        policy = recompute_gathers
+    else:
+        return block
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)  # needless under scan
 
 
 def segment_positions(segments_BT: jax.Array) -> jax.Array:
@@ -153,7 +163,12 @@ def forward_kv(
         blocks.append(Seen(positions, cache.positions, segments, cache.segments))
     blocks.append(Seen(positions, positions, segments, segments))
 
-    x = jnp.take(params["embed_tokens"], tokens_BT, axis=0)
+    mesh = mesh_of(params)
+    still = mesh is not None and stationary(b * t, config)
+    rows = None if still else "batch"  # weights that stay where they are want to see all rows
+    hidden_axes = (rows, "seq", "embed" if still else None)
+
+    x = constrain(lookup(params["embed_tokens"], tokens_BT, mesh), hidden_axes, mesh)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     cos, sin = rope.tables(config, positions)
@@ -171,6 +186,8 @@ def forward_kv(
 
     def block(x, xs):
         layer, factors, info, memory = xs
+        if not still:
+            layer, factors = whole_layer(layer, factors, config, mesh)
 
         def norm(y, name):
             return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
@@ -178,20 +195,24 @@ def forward_kv(
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         q, k, v = _project_qkv(norm(x, "input_layernorm") if before else x, layer, factors, scale, config)
         table = (cos[0], sin[0]) if len(config.ropes) == 1 else (cos[info["rope"]], sin[info["rope"]])
-        q, k = rope.rotate(q, *table), rope.rotate(k, *table)
+        q = constrain(rope.rotate(q, *table), ("batch", "seq", "heads", None), mesh)
+        k = constrain(rope.rotate(k, *table), ("batch", "seq", "kv_heads", None), mesh)
+        v = constrain(v, ("batch", "seq", "kv_heads", None), mesh)
         keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
         first = positions - info["window"] + 1 if any(windows) else None
         seen_keys = [Keys(*kv, seen._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
-        y = attend(q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
+        y = attend_on(mesh, q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
+        y = constrain(y, (rows, "seq", "heads"), mesh)
         y = linear(y, layer, "o_proj", factors, scale)
-        x = x + (norm(y, "post_attention_layernorm") if after else y)
+        x = constrain(x + (norm(y, "post_attention_layernorm") if after else y), hidden_axes, mesh)
         mlp_norm = {"pre": "post_attention_layernorm", "sandwich": "pre_feedforward_layernorm"}
-        y = _mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config)
-        x = x + (norm(y, "post_feedforward_layernorm") if after else y)
+        y = _mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config, mesh, rows)
+        x = constrain(x + (norm(y, "post_feedforward_layernorm") if after else y), hidden_axes, mesh)
         return x, {"k": k, "v": v}
 
     layers = params["layers"], None if delta is None else delta.factors, per_layer, memory
-    x, kv = jax.lax.scan(_kept(block, remat), x, layers)
+    with in_context(mesh):
+        x, kv = jax.lax.scan(_kept(block, remat, mesh), x, layers)
     return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset), kv
 
 
@@ -212,11 +233,12 @@ def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfi
 
 def append(cache: Cache, kv: dict[str, jax.Array], positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
     """The cache with these tokens written at its index; there must be room (sizes are static, the caller's to plan)."""
-    at = cache.index
+    at, mesh = cache.index, mesh_of(kv)
 
     def write(buffer, new):
-        start = (0, 0, at, 0, 0) if buffer.ndim == 5 else (0, at)
-        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
+        start, axes = ((0, 0, at, 0, 0), CACHE_AXES) if buffer.ndim == 5 else ((0, at), CACHE_AXES[1:3])
+        new = constrain(new.astype(buffer.dtype), axes, mesh)
+        return constrain(jax.lax.dynamic_update_slice(buffer, new, start), axes, mesh)
 
     return Cache(
         k=write(cache.k, kv["k"]),
@@ -230,7 +252,8 @@ def append(cache: Cache, kv: dict[str, jax.Array], positions_BT: jax.Array, segm
 def prefix_from(params: Any, delta: Any, tokens_P: jax.Array, *, config: ModelConfig) -> Prefix:
     """Keys and values of a prompt's tokens, int32 [P], computed once to be shared by all rows."""
     _, kv = forward_kv(params, delta, tokens_P[None], config=config)
-    return Prefix(kv["k"][:, 0], kv["v"][:, 0])
+    mesh = mesh_of(params)
+    return Prefix(*(constrain(kv[name][:, 0], PREFIX_AXES, mesh) for name in ("k", "v")))
 
 
 def unembedding(params: Any) -> jax.Array:
@@ -242,6 +265,7 @@ def logits_from(params: Any, hidden: jax.Array, *, config: ModelConfig) -> jax.A
     """Next-token logits [..., V] in float32 from hidden states [..., D], soft-capped where the model does."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = einsum("td,vd->tv", flat, unembedding(params).astype(flat.dtype))
+    out = constrain(out, ("batch", None), mesh_of(params))
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     if config.logit_softcap is not None:
         out = config.logit_softcap * jnp.tanh(out / config.logit_softcap)

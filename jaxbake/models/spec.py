@@ -115,6 +115,14 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, str], tuple
     }
 
 
+def factor_axes(config: ModelConfig) -> dict[str, dict[str, tuple[str, str, str]]]:
+    """Logical axes of a delta's factors: A [L, I, R] and B [L, R, O] lie as the weight's inputs and outputs."""
+    return {
+        slot: {"a": ("layers", axis_in, "rank"), "b": ("layers", "rank", axis_out)}
+        for slot, ((_, axis_in), (_, axis_out)) in linear_shapes(config).items()
+    }
+
+
 ATTENTION_SLOTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import EllipsisType
 from typing import Any
@@ -19,6 +20,10 @@ from jax import lax
 
 from jaxbake.chip import chip
 from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings, has_kernel, prepare, soft_logits
+from jaxbake.objectives.spread import map_on_mesh, vocab_axes
+
+Axes = tuple[str, ...]
+ABSENT = -1e30
 
 
 def fused_kl(
@@ -101,33 +106,33 @@ def fused_metrics(
     args = student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N
     how, tokens, heads, weights_N = prepare(*args, **{**settings, "divergence": "forward"})
 
-    def measure(tokens: Tokens) -> dict[str, jax.Array]:
+    def measure(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[dict[str, jax.Array], None]:
         s_CV, t_CV = _student_logits(how, tokens, heads), _teacher_logits(how, tokens, heads)
-        log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+        log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, how.axes)
         q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
+        same_C = _argmax(s_CV, how.axes, heads.first) == _argmax(t_CV, how.axes, heads.first)
         return {
-            "kl": jnp.sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axis=-1),
-            "reverse_kl": jnp.sum(_kl_terms(q_CV, p_CV, -log_ratio_CV), axis=-1),
-            "agreement": (jnp.argmax(s_CV, axis=-1) == jnp.argmax(t_CV, axis=-1)).astype(s_CV.dtype),
-            "student_entropy": -jnp.sum(q_CV * log_q_CV, axis=-1),
-            "teacher_entropy": -jnp.sum(p_CV * log_p_CV, axis=-1),
-        }
+            "kl": _sum(_kl_terms(p_CV, q_CV, log_ratio_CV), how.axes),
+            "reverse_kl": _sum(_kl_terms(q_CV, p_CV, -log_ratio_CV), how.axes),
+            "agreement": same_C.astype(s_CV.dtype),
+            "student_entropy": -_sum(q_CV * log_q_CV, how.axes),
+            "teacher_entropy": -_sum(p_CV * log_p_CV, how.axes),
+        }, None
 
-    per_token = lax.stop_gradient(_map_chunks(measure, tokens, how.chunk_size))
+    per_token = lax.stop_gradient(_map(measure, how, tokens, heads)[0])
     return {name: jnp.sum(weights_N * x_N) for name, x_N in per_token.items()} | {"count": jnp.sum(weights_N)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
     """The divergence at each token [N]."""
-    return _map_chunks(lambda chunk: _chunk_loss(how, chunk, heads)[0], tokens, how.chunk_size)
+    return _map(lambda *chunk: (_chunk_loss(*chunk)[0], None), how, tokens, heads)[0]
 
 
 def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
-    def loss_and_grad(chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+    def loss_and_grad(how: Divergence, chunk: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
         if (kernel := _kernel(how, chunk, heads)) is not None:
-            loss_C, grad_CD = kernel(how, chunk, heads)
-            return loss_C, grad_CD.astype(chunk.hidden_ND.dtype)
+            return kernel(how, chunk, heads, valid=heads.valid, axes=how.axes)
         loss_C, dlogits_CV = _chunk_loss(how, chunk, heads)
         unembed_VD = heads.student_VD
         if unembed_VD.dtype == jnp.bfloat16:  # its exponents hold the smallest probabilities; float16's would not
@@ -136,9 +141,9 @@ def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[ja
         # was seen to fuse all of `_below_mean` into it and to take three times as long.
         dlogits_CV = jnp.where(jnp.isnan(loss_C)[:, None], jnp.nan, dlogits_CV)
         grad_CD = jnp.einsum("cv,vd->cd", dlogits_CV, unembed_VD, **dot_settings(dlogits_CV, unembed_VD))
-        return loss_C, (grad_CD / how.temperature).astype(chunk.hidden_ND.dtype)
+        return loss_C, grad_CD / how.temperature
 
-    return _map_chunks(loss_and_grad, tokens, how.chunk_size)
+    return _map(loss_and_grad, how, tokens, heads)
 
 
 def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
@@ -171,48 +176,54 @@ def _chunk_loss(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Arra
     """The divergence at a chunk's tokens [C], and temperature times its derivative by the uncapped logits [C, V]."""
     s_CV = _student_logits(how, tokens, heads)
     if how.name == "cross_entropy":
-        loss_C, dlogits_CV = _cross_entropy(s_CV, tokens.targets_N)
+        loss_C, dlogits_CV = _cross_entropy(s_CV, tokens.targets_N, how.axes, heads)
     else:
         t_CV = _teacher_logits(how, tokens, heads)
         match how.name:
             case "forward":
-                loss_C, dlogits_CV = _forward(s_CV, t_CV)
+                loss_C, dlogits_CV = _forward(s_CV, t_CV, how.axes)
             case "reverse":
-                loss_C, dlogits_CV = _reverse(s_CV, t_CV)
+                loss_C, dlogits_CV = _reverse(s_CV, t_CV, how.axes)
             case "jsd":
-                loss_C, dlogits_CV = _jensen_shannon(s_CV, t_CV, how.beta)
+                loss_C, dlogits_CV = _jensen_shannon(s_CV, t_CV, how.beta, how.axes)
     if how.softcap is not None:
-        dlogits_CV *= 1 - jnp.square(s_CV * (how.temperature / how.softcap))
+        capped_CV = s_CV if heads.valid is None else jnp.where(heads.real_V, s_CV, 0)
+        dlogits_CV *= 1 - jnp.square(capped_CV * (how.temperature / how.softcap))
     return loss_C, dlogits_CV
 
 
 def _student_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
-    return soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
+    return _real(heads, soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature))
 
 
 def _teacher_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
     unembed_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
-    return soft_logits(tokens.teacher_hidden_NE, unembed_VE, how.teacher_softcap, how.temperature)
+    return _real(heads, soft_logits(tokens.teacher_hidden_NE, unembed_VE, how.teacher_softcap, how.temperature))
 
 
-def _forward(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _real(heads: Heads, logits_CV: jax.Array) -> jax.Array:
+    """Logits with those of rows that only fill up a part of the vocabulary made nothing of by any softmax."""
+    return logits_CV if heads.valid is None else jnp.where(heads.real_V, logits_CV, ABSENT)
+
+
+def _forward(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """KL(p || q) [C] and its derivative by the student's logits, q - p."""
-    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
     q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
-    return jnp.sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axis=-1), q_CV - p_CV
+    return _sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axes), q_CV - p_CV
 
 
-def _reverse(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _reverse(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """KL(q || p) [C] and its derivative, q (log q/p - its mean under q)."""
-    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
     q_CV = jnp.exp(log_q_CV)
-    loss_C = jnp.sum(_kl_terms(q_CV, jnp.exp(log_p_CV), -log_ratio_CV), axis=-1)
-    return loss_C, q_CV * _below_mean(log_ratio_CV, q_CV)
+    loss_C = _sum(_kl_terms(q_CV, jnp.exp(log_p_CV), -log_ratio_CV), axes)
+    return loss_C, q_CV * _below_mean(log_ratio_CV, q_CV, axes)
 
 
-def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """The generalised Jensen-Shannon divergence [C] and its derivative, (1 - beta) q (log q/m - its mean under q)."""
-    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV)
+    log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
     q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
     m_CV = beta * p_CV + (1 - beta) * q_CV
     # m/q = (1 - beta)(1 + exp(x)) and m/p = beta (1 + exp(-x)): no overflow whichever of p and q underflows. In the
@@ -221,28 +232,31 @@ def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float) -> tuple[jax.
     softplus_CV = jnp.maximum(x_CV, 0) + jnp.log1p(jnp.exp(-jnp.abs(x_CV)))
     to_p_CV = _kl_terms(p_CV, m_CV, x_CV - softplus_CV - math.log(beta))
     to_q_CV = _kl_terms(q_CV, m_CV, -softplus_CV - math.log1p(-beta))
-    return jnp.sum(beta * to_p_CV + (1 - beta) * to_q_CV, axis=-1), (1 - beta) * q_CV * _below_mean(softplus_CV, q_CV)
+    loss_C = _sum(beta * to_p_CV + (1 - beta) * to_q_CV, axes)
+    return loss_C, (1 - beta) * q_CV * _below_mean(softplus_CV, q_CV, axes)
 
 
-def _cross_entropy(s_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cross_entropy(s_CV: jax.Array, targets_C: jax.Array, axes: Axes, heads: Heads) -> tuple[jax.Array, jax.Array]:
     """-log q(target) [C] and its derivative, q - onehot(target)."""
-    max_C1, log_sum_C1 = _normaliser(s_CV)
-    vocab = s_CV.shape[-1]
-    known_C = (targets_C >= 0) & (targets_C < vocab)
-    target_C1 = jnp.take_along_axis(s_CV, jnp.where(known_C, targets_C, 0)[:, None], axis=-1)
-    loss_C = jnp.where(known_C, ((max_C1 - target_C1) + log_sum_C1)[:, 0], jnp.nan)
-    hit_CV = jnp.arange(vocab) == targets_C[:, None]
+    max_C1, log_sum_C1 = _normaliser(s_CV, axes)
+    ids_V = jnp.arange(s_CV.shape[-1]) + (0 if heads.first is None else heads.first)
+    hit_CV = ids_V == targets_C[:, None]
+    if heads.valid is not None:
+        hit_CV &= heads.real_V
+    target_C = _sum(jnp.where(hit_CV, s_CV, 0), axes)
+    known_C = _sum(hit_CV.astype(s_CV.dtype), axes) > 0
+    loss_C = jnp.where(known_C, (max_C1[:, 0] - target_C) + log_sum_C1[:, 0], jnp.nan)
     return loss_C, jnp.exp((s_CV - max_C1) - log_sum_C1) - hit_CV
 
 
-def _below_mean(x_CV: jax.Array, q_CV: jax.Array) -> jax.Array:
+def _below_mean(x_CV: jax.Array, q_CV: jax.Array, axes: Axes) -> jax.Array:
     """How far x lies below its mean under q.
 
     The mean is taken in two steps. Where one token has nearly all of q, its distance from the mean is far smaller than
     the mean's rounding, and every row's q sums to 1 up to rounding only; centred, neither does harm.
     """
-    centred_CV = x_CV - jnp.sum(q_CV * x_CV, axis=-1, keepdims=True)
-    return jnp.sum(q_CV * centred_CV, axis=-1, keepdims=True) - centred_CV
+    centred_CV = x_CV - _sum(q_CV * x_CV, axes)[:, None]
+    return _sum(q_CV * centred_CV, axes)[:, None] - centred_CV
 
 
 def _kl_terms(a_CV: jax.Array, b_CV: jax.Array, log_ratio_CV: jax.Array) -> jax.Array:
@@ -258,23 +272,55 @@ def _kl_terms(a_CV: jax.Array, b_CV: jax.Array, log_ratio_CV: jax.Array) -> jax.
     return jnp.where(jnp.abs(r) < near, a_CV * series, (b_CV - a_CV) + a_CV * r)
 
 
-def _log_softmaxes(s_CV: jax.Array, t_CV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _log_softmaxes(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log q, log p and log p/q, the last from the difference of the logits, which is exact where they are close."""
-    s_max_C1, s_log_sum_C1 = _normaliser(s_CV)
-    t_max_C1, t_log_sum_C1 = _normaliser(t_CV)
+    s_max_C1, s_log_sum_C1 = _normaliser(s_CV, axes)
+    t_max_C1, t_log_sum_C1 = _normaliser(t_CV, axes)
     shift_C1 = (t_max_C1 - s_max_C1) + (t_log_sum_C1 - s_log_sum_C1)
     return (s_CV - s_max_C1) - s_log_sum_C1, (t_CV - t_max_C1) - t_log_sum_C1, (t_CV - s_CV) - shift_C1
 
 
-def _normaliser(logits_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normaliser(logits_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """The logits' maximum and the log of the sum of exp(logits - maximum) [C, 1].
 
     Kept apart, since their sum would round away digits of the smaller one. The barrier makes what follows subtract the
     maximum anew: a CPU does so faster than it writes [C, V] differences out and reads them again.
     """
     max_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
-    log_sum_C1 = jnp.log(jnp.sum(jnp.exp(logits_CV - max_C1), axis=-1, keepdims=True))
+    max_C1 = lax.pmax(max_C1, axes) if axes else max_C1
+    log_sum_C1 = jnp.log(_sum(jnp.exp(logits_CV - max_C1), axes))[:, None]
     return lax.optimization_barrier((max_C1, log_sum_C1))
+
+
+def _sum(x_CV: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over the vocabulary [C], wherever it lies."""
+    x_C = jnp.sum(x_CV, axis=-1)
+    return lax.psum(x_C, axes) if axes else x_C
+
+
+def _argmax(x_CV: jax.Array, axes: Axes, first: jax.Array | None) -> jax.Array:
+    """The id of the largest logit [C], the lowest of equal ones; `first`: the id of the first one here."""
+    at_C = jnp.argmax(x_CV, axis=-1)
+    if not axes:
+        return at_C
+    max_C = jnp.max(x_CV, axis=-1)
+    here_C = max_C == lax.pmax(max_C, axes)
+    return lax.pmin(jnp.where(here_C, at_C + first, jnp.iinfo(at_C.dtype).max), axes)
+
+
+def _map(
+    f: Callable[[Divergence, Tokens, Heads], tuple[Any, Any]], how: Divergence, tokens: Tokens, heads: Heads
+) -> tuple[Any, Any]:
+    """`f` over chunks of tokens, and on a mesh over parts of the vocabulary: see `spread.map_on_mesh`."""
+    if how.mesh is not None:
+        how = replace(how, axes=vocab_axes(how.mesh))
+        return map_on_mesh(partial(f, how), _map_chunks, how, tokens, heads)
+
+    def chunk(tokens: Tokens) -> tuple[Any, Any]:
+        values, sums = f(how, tokens, heads)
+        return values, jax.tree.map(lambda x: x.astype(tokens.hidden_ND.dtype), sums)
+
+    return _map_chunks(chunk, tokens, how.chunk_size)
 
 
 def _map_chunks(f: Callable[[Tokens], Any], tokens: Tokens, chunk_size: int) -> Any:

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxbake.chip import chip
 from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.mesh import AnyMesh, in_context, mesh_of
 
 DIVERGENCES = ("forward", "reverse", "jsd", "cross_entropy")
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_recompute")
@@ -30,6 +31,9 @@ class Divergence:
     beta: float
     chunk_size: int
     implementation: str = "auto"
+    mesh: AnyMesh | None = None
+    axes: tuple[str, ...] = ()
+    """The mesh axes over which the logits at hand are a part of the vocabulary."""
 
 
 class Tokens(NamedTuple):
@@ -41,10 +45,20 @@ class Tokens(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Unembedding matrices; the teacher's is None where it is the student's, so that one copy is held."""
+    """Unembedding matrices; the teacher's is None where it is the student's, so that one copy is held.
+
+    Of a part of the vocabulary: first is its first token's id, valid how many of its first rows are real (None: all).
+    """
 
     student_VD: jax.Array
     teacher_VE: jax.Array | None
+    first: jax.Array | None = None
+    valid: jax.Array | None = None
+
+    @property
+    def real_V(self) -> jax.Array:
+        """Which rows of a part are real."""
+        return jnp.arange(self.student_VD.shape[0]) < self.valid
 
 
 def default_chunk_size(vocab_size: int) -> int:
@@ -144,14 +158,18 @@ def prepare(
         x = x.reshape(-1, *x.shape[x.ndim - trailing :])
         return jnp.where(counted_N.reshape(-1, *[1] * trailing), x, 0)
 
+    mesh = mesh_of(student_unembed_VD)
+    with in_context(mesh):
+        chunk_size = default_chunk_size(student_unembed_VD.shape[0]) if chunk_size is None else int(chunk_size)
     settings = Divergence(
         divergence,
         float(temperature),
         None if softcap is None else float(softcap),
         None if teacher_softcap is None else float(teacher_softcap),
         float(beta),
-        default_chunk_size(student_unembed_VD.shape[0]) if chunk_size is None else int(chunk_size),
+        chunk_size,
         implementation,
+        mesh,
     )
     tokens = Tokens(rows(student_hidden_ND, 1), lax.stop_gradient(rows(teacher_hidden_ND, 1)), rows(targets_N, 0))
     return settings, tokens, lax.stop_gradient(Heads(student_unembed_VD, teacher_unembed_VD)), weights_N

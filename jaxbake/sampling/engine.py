@@ -33,6 +33,10 @@ class Rows:
     stop_ids: jax.Array
 
 
+ROW_AXES = Rows(("batch", None), ("batch",), ("batch",), ("batch", None), ("batch",), (None,))
+"""Logical axes of what is asked."""
+
+
 @flax.struct.dataclass
 class State:
     """Decoding under way. `step` tokens have been drawn; tokens, logprobs [B, M]; lengths, finished [B].

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxbake import hosts
 from jaxbake.errors import JaxbakeError
+from jaxbake.mesh import AnyMesh, mesh_of, parts, put
 from jaxbake.models.decoder import Prefix, prefix_from
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling import engine
@@ -53,12 +54,18 @@ def shared_prefix(params: Any, delta: Any, tokens_P: Sequence[int] | np.ndarray,
     tokens = np.asarray(tokens_P, np.int32)
     if tokens.size == 0:
         raise JaxbakeError("shared prefix: empty; it needs at least one token")
-    padded = np.zeros(bucket(tokens.size), np.int32)
+    mesh = mesh_of(params)
+    padded = np.zeros(_multiple(bucket(tokens.size), "prefix", mesh), np.int32)
     padded[: tokens.size] = tokens
-    return _prefix(params, delta, padded, config=config)
+    return _prefix(params, delta, put(padded, (None,), mesh), config=config)
 
 
 _prefix = jax.jit(prefix_from, static_argnames="config")
+
+
+def _multiple(size: int, name: str, mesh: AnyMesh | None) -> int:
+    """The size, or the next that can be split as the mesh asks."""
+    return -(-size // parts(name, mesh)) * parts(name, mesh)
 
 
 def _per_row(value, rows: int, name: str) -> list:
@@ -142,7 +149,11 @@ def prepare(
         if not 0 <= seen <= length:
             raise JaxbakeError(f"prefix_visible: {seen} for prompt {i}; the shared prefix has {length} tokens")
     check_room(prompts, visible, max_tokens, config)
-    b, t = bucket(n, 1), bucket(max(min_length, *(len(prompt) for prompt in prompts)), SHORTEST)
+    mesh = mesh_of(params)
+    b, t = (
+        _multiple(bucket(n, 1), "batch", mesh),
+        bucket(max(min_length, *(len(prompt) for prompt in prompts)), SHORTEST),
+    )
     tokens, keys = np.zeros((b, t), np.int32), np.zeros((b, 2), np.uint32)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         tokens[i, t - len(prompt) :] = prompt
@@ -157,7 +168,8 @@ def prepare(
     )
     greedy = not any(temperatures)
     filters = Filters() if greedy else make_filters(top_k, top_p, min_p)
-    return _Run(params, delta, jax.device_put(rows), prefix, filters, config, max_tokens, greedy)
+    rows = jax.tree.map(lambda x, axes: put(x, axes, mesh), rows, engine.ROW_AXES)
+    return _Run(params, delta, rows, prefix, filters, config, max_tokens, greedy)
 
 
 def generate(
