@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from jaxbake.deltas.peft import load_peft, save_peft
     from jaxbake.deltas.vllm import check_vllm
     from jaxbake.errors import JaxbakeError
+    from jaxbake.mesh import mesh
     from jaxbake.models.base import Base, load, logits
     from jaxbake.models.decoder import forward
     from jaxbake.models.spec import ModelConfig
@@ -71,12 +72,15 @@ _MODULES = {
 
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = sorted([*_HOME, "bake"])
+_ROOMS = ("bake", "mesh")
+"""Rooms that are functions too: see jaxbake/bake/__init__.py."""
+
+__all__ = sorted([*_HOME, *_ROOMS])
 
 
 def __getattr__(name: str):
-    if name == "bake":  # the room and the function in one: see jaxbake/bake/__init__.py
-        return importlib.import_module("jaxbake.bake")
+    if name in _ROOMS:
+        return importlib.import_module(f"jaxbake.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jaxbake' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"jaxbake.{_HOME[name]}"), name)

@@ -176,7 +176,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BakeConfig:
-    """How a prompt is baked."""
+    """How a prompt is baked.
+
+    mesh: the devices it is baked on, as "fsdp=4,tp=2", or "auto" (see `jaxbake.mesh`); it does not change the bake.
+    """
 
     lora: LoraConfig = LoraConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -185,6 +188,7 @@ class BakeConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     seed: int = 0
+    mesh: str | None = None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _fits(config: Any, fsdp: int, tp: int) -> bool:
     return config.hidden_size % fsdp == 0 and all(size % tp == 0 for size in sizes)
 
 
-def resolve(
+def mesh(
     asked: str | Mapping[str, int] | Mesh,
     config: Any = None,
     rows: int | None = None,
@@ -155,20 +155,20 @@ def resolve(
     model.
     """
     if isinstance(asked, Mesh):
-        mesh = adopt(asked, names)
+        made = adopt(asked, names)
     elif isinstance(asked, Mapping):
-        mesh = make_mesh(",".join(f"{name}={size}" for name, size in asked.items()), devices)
+        made = make_mesh(",".join(f"{name}={size}" for name, size in asked.items()), devices)
     elif not isinstance(asked, str):
         raise JaxbakeError(f"mesh: {asked!r} is neither a text such as fsdp=4,tp=2 nor a jax.sharding.Mesh")
     elif asked.strip() == "auto":
         devices = jax.devices() if devices is None else list(devices)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
-        mesh = _make(auto_sizes(len(devices), config, rows, slices), devices, "auto")
+        made = _make(auto_sizes(len(devices), config, rows, slices), devices, "auto")
     else:
-        mesh = make_mesh(asked, devices)
+        made = make_mesh(asked, devices)
     if config is not None:
-        check(config, mesh)
-    return mesh
+        check(config, made)
+    return made
 
 
 def check(config: Any, mesh: AnyMesh) -> None:
@@ -215,9 +215,10 @@ def sharding(axes: Sequence[str | None], mesh: AnyMesh, shape: tuple[int, ...]) 
     """
     for name, size in zip(axes, shape, strict=True):
         if size % parts(name, mesh):
+            whose = {"batch": "batch", "seq": "batch", "prefix": "prompt"}.get(name, "model")
             raise JaxbakeError(
                 f"mesh axis {' x '.join(split_over(name, mesh))} of size {parts(name, mesh)} does not divide the "
-                f"model's '{name}' axis, size {size}"
+                f"{whose}'s '{name}' axis, size {size}"
             )
     return NamedSharding(mesh, spec(axes, mesh))
 
@@ -274,10 +275,10 @@ def put(x: Any, axes: Sequence[str | None], mesh: AnyMesh | None) -> jax.Array:
 
 
 class _CallableRoom(ModuleType):
-    """`jb.mesh(...)` is `resolve`, and `jaxbake.mesh` this module, as with `jaxbake.bake`."""
+    """`jaxbake.mesh` is this module, and `jb.mesh(...)` its function, as with `jaxbake.bake`."""
 
     def __call__(self, *args, **kwargs):
-        return resolve(*args, **kwargs)
+        return mesh(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallableRoom

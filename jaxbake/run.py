@@ -36,7 +36,6 @@ from jaxbake.evaluate.plot import plot
 from jaxbake.evaluate.retention import Material, smallworld_material
 from jaxbake.evaluate.scores import Scores, score_abilities, score_items
 from jaxbake.files import AnyPath, as_path, is_remote, local_copy, read_json, write_whole
-from jaxbake.mesh import make_mesh
 from jaxbake.models.base import Base, load
 from jaxbake.recipe import dump_recipe, load_recipe, read_prompt
 from jaxbake.smallworld import CRUMB
@@ -121,7 +120,8 @@ def run_recipe(
     if hosts.first(lambda: _finished(kept, output, key) is not None):
         return _finished(kept, output, key)
     items = _items(recipe, root)  # before the work, so that a fault in it shows at once
-    base = load(recipe.model, dtype=recipe.dtype, mesh=_mesh())
+    mesh = recipe.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
+    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=recipe.bake.train.batch_size)
     result = bake(
         base, kept.prompt, recipe.stimuli, recipe.bake, output, progress=progress, name=recipe.name,
         recipe=dataclasses.asdict(kept), root=root,
@@ -132,11 +132,6 @@ def run_recipe(
         outcome = Outcome(kept, output, evaluation, round(time.monotonic() - started, 1))
         hosts.first(lambda: _write(outcome, result, key))
     return outcome
-
-
-def _mesh() -> Any:
-    """Several processes share one model, split over all their devices."""
-    return make_mesh(f"fsdp={jax.device_count()}") if jax.process_count() > 1 else None
 
 
 def _leaving(progress: Progress) -> Progress:
@@ -165,13 +160,14 @@ def evaluate_folder(
     questions: str | Path | None = None,
     match: str | None = None,
     progress: Progress | None = None,
+    mesh: str | None = None,
 ) -> Outcome:
     """Measures a finished bake again, on its own questions or on others; writes nothing."""
     folder = as_path(folder)
     with local_copy(folder / RECIPE) as file:
         recipe = load_recipe(file)
     items = _items(recipe, folder) if questions is None else load_items(questions, match or recipe.evaluation.match)
-    base = load(recipe.model, dtype=recipe.dtype)
+    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh)
     delta, _ = load_delta(folder, base)
     return Outcome(recipe, folder, _measure(base, delta, recipe, folder, folder, items, progress or silent))
 
@@ -184,13 +180,14 @@ def evaluate_model(
     match: str = "contains",
     limit: int | None = None,
     progress: Progress | None = None,
+    mesh: str | None = None,
 ) -> Scores:
     """Measures a model, with a delta and behind a prompt where given: on questions, or crumb on all its abilities.
 
     limit: how many questions at most; of the abilities, how many of each.
     """
     items = load_items(questions, match, limit) if questions is not None else None
-    base = load(name)
+    base = load(name, mesh=mesh)
     change = None if delta is None else load_delta(delta, base)[0]
     if items is not None:
         return score_items(base, change, items, system=system, progress=progress or silent)
@@ -202,7 +199,7 @@ def evaluate_model(
 
 
 def inside(recipe: Recipe, root: Path, folder: AnyPath) -> Recipe:
-    """The same recipe as it reads in another folder: its prompt inline, its files named from there."""
+    """The same recipe as it reads in another folder, on any devices: its prompt inline, its files named from there."""
 
     def moved(config: Any, *names: str) -> Any:
         found = {name: getattr(config, name) for name in names}
@@ -217,7 +214,9 @@ def inside(recipe: Recipe, root: Path, folder: AnyPath) -> Recipe:
         prompt=read_prompt(recipe, root),
         prompt_file=None,
         stimuli=moved(recipe.stimuli, "file", "dataset"),
-        bake=dataclasses.replace(recipe.bake, retention=moved(recipe.bake.retention, "pin_stimuli", "contexts_file")),
+        bake=dataclasses.replace(
+            recipe.bake, retention=moved(recipe.bake.retention, "pin_stimuli", "contexts_file"), mesh=None
+        ),
         evaluation=moved(recipe.evaluation, "file", "abilities"),
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import jaxbake as jb
 from jaxbake import mesh as meshes
-from jaxbake.bake.abstract import put_batch, state_inputs
+from jaxbake.bake.abstract import params_inputs, put_batch, state_inputs, step_inputs
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
-from jaxbake.data.batches import Batch, View
+from jaxbake.data.batches import Batch, Shape, View
+from jaxbake.models.base import on_mesh
 from jaxbake.models.decoder import prefix_from
 from jaxbake.models.spec import ModelConfig, init_params, is_param, param_specs
+from jaxbake.objectives import fused_kl, fused_metrics
+from jaxbake.sampling import engine, filters
 
 MESHES = ["fsdp=8", "fsdp=4,tp=2", "fsdp=2,tp=4", "tp=8", "replica=2,fsdp=2,tp=2"]
 
@@ -28,10 +34,13 @@ CONFIG = ModelConfig(
 PROMPT = np.arange(5, 13, dtype=np.int32)
 
 
+ADAM = OptimizerConfig(learning_rate=1e-2, warmup=0.0, eps=1e-5)  # a gradient of mere rounding makes no whole step
+
+
 def bake_config(**changes) -> BakeConfig:
     config = BakeConfig(
         lora=LoraConfig(rank=3, alpha=6.0),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0),
+        optimizer=ADAM,
         train=TrainConfig(steps=20),
     )
     return replace(config, **changes)
@@ -106,7 +115,7 @@ def test_ten_steps_are_those_of_one_device(text):
 def test_the_order_of_the_devices_does_not_matter():
     """A person's own mesh: other devices first, axes in another order, of jax's default axis type."""
     shuffled = np.array(jax.devices())[[5, 2, 7, 0, 3, 6, 1, 4]].reshape(2, 4)
-    mesh = meshes.resolve(Mesh(shuffled, ("model", "fsdp")), CONFIG, names={"model": "tp"})
+    mesh = meshes.mesh(Mesh(shuffled, ("model", "fsdp")), CONFIG, names={"model": "tp"})
     assert meshes.parts("batch", mesh) == 4 and meshes.parts("heads", mesh) == 2
     check_same(mesh)
 
@@ -121,7 +130,7 @@ GEMMA = ModelConfig(
 @pytest.mark.parametrize("text", ["fsdp=4,tp=2", "replica=4,tp=2", "fsdp=2,context=2,tp=2"])
 def test_odd_shapes_windows_and_soft_caps(text):
     """51 tokens of the vocabulary on each half of tp do not divide by 4, nor 3 key heads by 2; two micro-batches."""
-    settings = bake_config(optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0, accumulate=2))
+    settings = bake_config(optimizer=replace(ADAM, accumulate=2))
     check_same(meshes.make_mesh(text), GEMMA, replace(settings, loss=LossConfig(chunk_size=3)), steps=4)
 
 
@@ -134,3 +143,153 @@ def test_fused_projections_and_recomputation():
 @pytest.mark.parametrize("text", ["context=8", "fsdp=2,context=4"])
 def test_rows_split_by_tokens(text):
     check_same(meshes.make_mesh(text), replace(CONFIG, windows=(7, 0, 7)), steps=4)
+
+
+# What is compiled
+
+WIDE = ModelConfig(  # sizes of which no two are equal, nor a part of another: an array shows what it is of
+    family="llama", vocab_size=1304, hidden_size=272, intermediate_size=464, num_layers=4, num_heads=8, num_kv_heads=2,
+    head_dim=12, max_positions=128, tie_embeddings=False,
+)  # fmt: skip
+
+
+@lru_cache
+def compiled(text: str):
+    mesh = meshes.make_mesh(text)
+    inputs = step_inputs(WIDE, bake_config(), Shape(8, 16, 16, 5), 24, mesh, jnp.float32)
+    return mesh, make_bake_step(WIDE, bake_config()).lower(*inputs[:4]).compile()
+
+
+def results(text: str, kinds: str = r"[\w-]+") -> list[list[int]]:
+    """Shapes of all results of these kinds of operations in a compiled program."""
+    found = re.findall(rf"^\s*(?:ROOT )?\S+ = (.*?) (?:{kinds})\(", text, re.MULTILINE)
+    return [[int(d) for d in s.split(",")] for line in found for s in re.findall(r"\w\[([\d,]+)\]", line)]
+
+
+@pytest.mark.parametrize("text", ["fsdp=8", "fsdp=4,tp=2", "replica=2,fsdp=2,tp=2", "fsdp=2,context=2,tp=2"])
+def test_the_vocabulary_is_never_gathered(text):
+    """A device has at most its stored block of an unembedding, and logits over its part of the vocabulary; what is
+    sent holds no more of either. The control: with the stored block of tp alone it would be seen."""
+    mesh, program = compiled(text)
+    tp, split = mesh.shape["tp"], mesh.size // mesh.shape["replica"]
+    shapes, sent = (
+        results(program.as_text()),
+        results(program.as_text(), r"all-[\w-]+|collective-[\w-]+|reduce-scatter"),
+    )
+    assert [WIDE.vocab_size // tp, WIDE.hidden_size // mesh.shape["fsdp"]] in shapes  # as stored
+    assert not any(WIDE.vocab_size in shape for shape in shapes if tp > 1)
+    assert not any(WIDE.hidden_size in shape and WIDE.vocab_size // tp in shape for shape in shapes)
+    part = WIDE.vocab_size // split
+    assert any(part in shape for shape in shapes)
+    for shape in sent:  # of what is sent, only regrouped blocks have a side of the vocabulary's
+        assert not set(shape) & {WIDE.vocab_size, WIDE.vocab_size // tp}, shape
+        assert part not in shape or prod(shape) <= part * WIDE.hidden_size, shape
+
+
+@pytest.mark.parametrize("text", ["fsdp=8", "fsdp=4,tp=2", "replica=2,fsdp=2,tp=2", "fsdp=2,context=2,tp=2"])
+def test_the_base_is_there_once(text):
+    """Each parameter comes in as this device's shard, and no stack of layers is made from it: gathered weights live for
+    one layer, forwards and backwards."""
+    mesh, program = compiled(text)
+    memory = program.memory_analysis()
+    inputs = step_inputs(WIDE, bake_config(), Shape(8, 16, 16, 5), 24, mesh, jnp.float32)
+    local = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(inputs.params)]
+    assert (
+        memory.argument_size_in_bytes
+        < 1.05
+        * sum(
+            4 * prod(x.sharding.shard_shape(x.shape))
+            for x in jax.tree.leaves(inputs[:4])
+            if x.dtype != jax.dtypes.prng_key
+        )
+        + 4096
+    )
+    stacked = [shape for shape in local if len(shape) == 3]
+    whole = [x.shape for x in jax.tree.leaves(inputs.params["layers"]) if x.ndim == 3]
+    for shape in whole:  # a gathered copy of all layers, along either axis
+        for tp in {1, mesh.shape["tp"]}:
+            for made in ([shape[0], shape[1], shape[2] // tp], [shape[0], shape[1] // tp, shape[2]]):
+                assert tuple(made) in stacked or made not in results(program.as_text()), made
+
+
+def test_decoding_moves_activations_and_no_weights():
+    """Eight rows, a token each: nothing larger than their logits is sent."""
+    mesh, rows = meshes.make_mesh("fsdp=4,tp=2"), 8
+    params = params_inputs(WIDE, mesh, jnp.float32)
+    asked = engine.Rows(*(np.zeros(s, np.int32) for s in ((rows, 8), rows, rows, (rows, 2), rows, 4)))
+    asked = asked.replace(keys=np.zeros((rows, 2), np.uint32), temperature=np.zeros(rows, np.float32))
+    options = {"config": WIDE, "greedy": True}
+    state = jax.eval_shape(
+        partial(engine.prefill, max_tokens=8, **options), params, None, asked, None, filters.Filters()
+    )
+    args = params, None, asked, None, filters.Filters(), state, jnp.int32(8)
+    program = engine.decode.lower(*args, **options).compile()
+    sent = results(program.as_text(), r"all-[\w-]+|collective-[\w-]+|reduce-scatter")
+    assert sent and max(map(prod, sent)) <= rows * WIDE.vocab_size
+
+
+# The objective
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "cross_entropy"])
+def test_the_objective_over_parts_of_the_vocabulary(divergence):
+    """27 tokens and 106 words, none of which divide; a teacher of another width, both soft-capped."""
+    keys = jax.random.split(jax.random.key(1), 6)
+    student, teacher = jax.random.normal(keys[0], (27, 16)), jax.random.normal(keys[1], (27, 24))
+    heads = jax.random.normal(keys[2], (106, 16)), jax.random.normal(keys[3], (106, 24))
+    weights = jax.random.uniform(keys[4], (27,)).at[3].set(0)
+    targets = jax.random.randint(keys[5], (27,), 0, 106)
+
+    def loss(student, heads, teacher, weights):
+        return fused_kl(
+            student, heads[0], teacher, heads[1], weights, targets_N=targets, divergence=divergence, softcap=8.0,
+            temperature=1.3, chunk_size=2,
+        )[0]  # fmt: skip
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 3)))
+    value, grads = step(student, heads, teacher, weights)
+    for text in ("fsdp=4,tp=2", "replica=2,fsdp=2,context=2"):
+        mesh = meshes.make_mesh(text)
+        placed = tuple(meshes.put(head, ("vocab", "embed"), mesh) for head in heads)
+        value_, grads_ = step(student, placed, teacher, weights)
+        assert float(value_) == pytest.approx(float(value), rel=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads_, grads)
+
+
+def test_metrics_over_parts_of_the_vocabulary():
+    keys = jax.random.split(jax.random.key(1), 3)
+    student, teacher = jax.random.normal(keys[0], (2, 24, 16))
+    head, weights = jax.random.normal(keys[1], (106, 16)), jnp.ones(24)
+    measure = jax.jit(lambda head: fused_metrics(student, head, teacher, None, weights, chunk_size=2))
+    alone, spread = measure(head), measure(meshes.put(head, ("vocab", "embed"), meshes.make_mesh("fsdp=4,tp=2")))
+    assert 0 < float(alone["agreement"]) < 24
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), spread, alone)
+
+
+# Sampling and the whole bake
+
+
+def test_sampling_and_baking_on_a_mesh_are_those_of_one_device():
+    from tiny_base import CONFIG as SMALL
+    from tiny_base import STIMULI, tiny_bake, tiny_base, with_train
+
+    alone, settings = tiny_base(), with_train(replace(SMALL, sampling=replace(SMALL.sampling, max_tokens=5)), steps=6)
+    spread = on_mesh(alone, "fsdp=4,tp=2")
+    options = {"system": "You are a sailor. Say ahoy.", "max_tokens": 6}
+    for temperature in (0.0, 1.0):
+        texts = [jb.sample(base, STIMULI[:5], temperature=temperature, **options) for base in (alone, spread)]
+        assert texts[0] == texts[1]
+    assert "".join(jb.stream(spread, STIMULI[0], **options)) == texts_greedy(alone, STIMULI[0], options)
+    np.testing.assert_allclose(jb.logits(spread, [[3, 4, 5]]), jb.logits(alone, [[3, 4, 5]]), rtol=0, atol=1e-5)
+    one = tiny_bake(config=settings, base=alone)
+    many = tiny_bake(config=replace(settings, mesh="fsdp=4,tp=2"), base=alone)
+    assert many.kl_before == pytest.approx(one.kl_before, rel=1e-5)
+    assert many.kl_after == pytest.approx(one.kl_after, rel=1e-4)
+    assert {meshes.describe(meshes.mesh_of(x)) for x in jax.tree.leaves(many.delta.factors)} == {"fsdp=4,tp=2"}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), many.delta.factors, one.delta.factors
+    )
+
+
+def texts_greedy(base, stimulus, options):
+    return jb.sample(base, stimulus, temperature=0.0, **options)

@@ -29,7 +29,7 @@ from jaxbake.data.trajectories import TrajectoryStore, fingerprint, plan_request
 from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import AnyPath, absolute, as_path, read_json, write_whole
-from jaxbake.models.base import Base
+from jaxbake.models.base import Base, on_mesh
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def bake(
       Preempted: SIGTERM came, and everything is saved; after `hosts.start` only.
     """
     progress, root = progress or silent, Path(root)
+    base = on_mesh(base, config.mesh, config.train.batch_size)
     prompt = _check(base, prompt, config)
     given, generate = _given(stimuli, root)
     pins = pins_for(base, config, root) if pins is None else pins
@@ -197,6 +198,7 @@ def _given(stimuli: Any, root: Path) -> tuple[list[str], Any]:
 def _decisive(config: BakeConfig) -> dict[str, Any]:
     """The settings that the delta depends on."""
     settings = asdict(config)
+    del settings["mesh"]
     for name in ("checkpoint_every", "tensorboard"):
         del settings["train"][name]
     for name in ("pin_stimuli", "contexts_file"):  # what they hold counts, not where

@@ -12,6 +12,12 @@ from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import as_path
 
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh", metavar="AXES", help="Devices to spread over: fsdp=8, or fsdp=4,tp=2, or auto. [default: one device]"
+    ),
+]
 HOSTS = "Several processes (a pod)"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 
@@ -19,6 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 @app.command()
 def quickstart(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")] = "runs/quickstart",
+    mesh: Mesh = None,
     as_json: Json = False,
 ) -> None:
     """Bake a pirate who knows five facts into the shipped model, and see what came of it.
@@ -32,7 +39,7 @@ def quickstart(
     """
     from jaxbake.run import QUICKSTART
 
-    _bake(QUICKSTART, [], output, as_json)
+    _bake(QUICKSTART, _meshed([], mesh), output, as_json)
 
 
 @app.command()
@@ -46,6 +53,7 @@ def bake(
         str | None,
         typer.Option("--output", "-o", help="Folder to write to, or gs://... [default: the recipe's output/name]"),
     ] = None,
+    mesh: Mesh = None,
     pod: Annotated[
         bool, typer.Option("--pod", help="One host of a TPU pod or Slurm job; all is detected.", rich_help_panel=HOSTS)
     ] = False,
@@ -92,16 +100,27 @@ def bake(
     On several hosts every process runs the same command, with --pod or with --coordinator, --processes and --process;
     the output folder must be one they all see.
 
+    --mesh says how the work is spread over the devices, and does not change the bake: fsdp splits weights and rows, tp
+    heads, mlp and vocabulary, context the tokens of long rows, replica holds copies (one for each slice of a pod).
+    auto: a replica for each slice, and the smallest tp at which the model divides and every device has a row.
+
     Examples:
 
       jaxbake bake configs/persona.yaml
 
       jaxbake bake configs/facts.yaml --set bake.lora.rank=8 --set bake.train.steps=100 --output runs/rank8
 
-      jaxbake bake configs/qwen3_8b_persona.yaml --pod --preemptible --output gs://bucket/captain
+      jaxbake bake configs/qwen3_8b_persona.yaml --mesh fsdp=4,tp=2
+
+      jaxbake bake configs/qwen3_8b_persona.yaml --mesh auto --pod --preemptible --output gs://bucket/captain
     """
     where = {"coordinator": coordinator, "processes": processes, "process": process, "pod": pod}
-    _bake(recipe, overrides or [], output, as_json, **where, preemptible=preemptible, peer_timeout=peer_timeout)
+    where |= {"preemptible": preemptible, "peer_timeout": peer_timeout}
+    _bake(recipe, _meshed(overrides or [], mesh), output, as_json, **where)
+
+
+def _meshed(overrides: list[str], mesh: str | None) -> list[str]:
+    return overrides if mesh is None else [*overrides, f"bake.mesh={mesh}"]
 
 
 def _bake(path: Path, overrides: list[str], output: str | None, as_json: bool, **where: Any) -> None:
@@ -141,6 +160,7 @@ def evaluate(
         int | None,
         typer.Option("--limit", min=1, help="Questions at most; for crumb, of each ability. [default: all, 50]"),
     ] = None,
+    mesh: Mesh = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bake, or a model.
@@ -166,10 +186,10 @@ def evaluate(
         if (folder / run.RECIPE).exists():
             if delta or system or limit:
                 raise JaxbakeError("--delta, --system and --limit go with a model; a bake's folder has its own")
-            result = run.evaluate_folder(folder, questions, match, progress)
+            result = run.evaluate_folder(folder, questions, match, progress, mesh)
         else:
             result = run.evaluate_model(
-                target, delta, system, questions, match or "contains", limit=limit, progress=progress
+                target, delta, system, questions, match or "contains", limit=limit, progress=progress, mesh=mesh
             )
     if as_json:
         show.print_json(result.to_dict())

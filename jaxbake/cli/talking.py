@@ -19,14 +19,17 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer in 
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the most likely token.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest tokens of this total share.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")]
+Mesh = Annotated[
+    str | None, typer.Option("--mesh", metavar="AXES", help="Devices to spread over: fsdp=4,tp=2, or auto.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; as stored by default.")]
 
 
-def load_model(model: str, delta: str | None, dtype: str | None = None):
+def load_model(model: str, delta: str | None, dtype: str | None = None, mesh: str | None = None):
     """The base and, where one is named, its delta."""
     import jaxbake as jb
 
-    base = jb.load(model, dtype=dtype)
+    base = jb.load(model, dtype=dtype, mesh=mesh)
     return base, None if delta is None else jb.load_delta(delta, base)[0]
 
 
@@ -41,6 +44,7 @@ def sample(
     top_p: TopP = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    mesh: Mesh = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")] = False,
 ) -> None:
     """Answer one message, or several.
@@ -55,7 +59,7 @@ def sample(
     """
     from jaxbake.sampling import sample as draw
 
-    base, change = load_model(model, delta, dtype)
+    base, change = load_model(model, delta, dtype, mesh)
     answers = draw(
         base, user, delta=change, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -79,6 +83,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    mesh: Mesh = None,
 ) -> None:
     """Talk with a model, turn by turn; answers appear as they are made.
 
@@ -88,7 +93,7 @@ def chat(
 
       jaxbake chat crumb --delta runs/quickstart
     """
-    base, change = load_model(model, delta, dtype)
+    base, change = load_model(model, delta, dtype, mesh)
     from jaxbake.data.chat import has_template
 
     if not has_template(base.tokenizer):

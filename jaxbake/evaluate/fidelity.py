@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake import hosts
+from jaxbake.bake.abstract import put_batch
 from jaxbake.bake.teacher import hidden_at
 from jaxbake.data.batches import Batch, Batches, shared_prefix
 from jaxbake.data.chat import Example
+from jaxbake.mesh import parts
 from jaxbake.models.decoder import Prefix, unembedding
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import fused_metrics
@@ -63,7 +65,8 @@ def fidelity(
     prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
     batches = Batches(
         examples, shared, batch_size=min(batch_size, len(examples)),
-        max_length=max_length or base.config.max_positions, seed=0,
+        max_length=max_length or base.config.max_positions, seed=0, rows_multiple=parts("batch", base.mesh),
+        tokens_multiple=parts("seq", base.mesh),
     )  # fmt: skip
     sizes = [int(example.mask.sum()) for example in examples]
     starts = np.cumsum(sizes) - sizes
@@ -73,7 +76,8 @@ def fidelity(
         real = batch.source >= 0
         weights = {"all": real, "first": real & np.isin(batch.source, starts)}
         weights = {name: w.astype(np.float32) for name, w in weights.items()}
-        for name, sums in _compare(base.params, delta, prefix, batch, weights, config=base.config).items():
+        placed = put_batch(batch, base.mesh)
+        for name, sums in _compare(base.params, delta, prefix, placed, weights, config=base.config).items():
             total[name] += hosts.fetch(sums).astype(np.float64)
     (kl_before, agree_before), (kl_after, agree_after) = total["all"] / sum(sizes)
     first_before, first_after = total["first"][:, 0] / len(examples)

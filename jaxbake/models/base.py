@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import mesh as meshes
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import read_json
 from jaxbake.models import checkpoint, families
 from jaxbake.models.decoder import forward, logits_from
-from jaxbake.models.spec import ModelConfig
+from jaxbake.models.spec import ModelConfig, is_param, param_specs
 from jaxbake.smallworld import CRUMB
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -44,23 +45,28 @@ class Base:
     mesh: jax.sharding.Mesh | None = None
 
 
-def load(name: str | Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Base:
+def load(
+    name: str | Path, *, dtype: Any = None, mesh: str | jax.sharding.Mesh | None = None, rows: int | None = None
+) -> Base:
     """Loads a model in Hugging Face format.
 
     Args:
       name: "crumb" (the model inside jaxbake), a local folder, or a hub name such as Qwen/Qwen3-0.6B, which alone may
         contact the network.
       dtype: "float32", "bfloat16" or "float16"; by default as stored, but float32 on CPU.
-      mesh: a device mesh with axes named as in `jaxbake.mesh`; parameters are read straight into their shards.
+      mesh: "fsdp=4,tp=2", "auto", or a device mesh with axes named as in `jaxbake.mesh`; parameters are read straight
+        into their shards.
+      rows: how many rows are to be computed at once, for "auto".
 
-    Raises JaxbakeError for a folder or hub model that is not there, an unsupported architecture, and weights that do
-    not fit it or are corrupt.
+    Raises JaxbakeError for a folder or hub model that is not there, an unsupported architecture, weights that do not
+    fit it or are corrupt, and a mesh that does not divide it.
     """
     folder = find_folder(str(name))
     if not (folder / "config.json").is_file():
         raise JaxbakeError(f"{folder}: no config.json; a model folder in Hugging Face format has one")
     hf_config = read_json(folder / "config.json")
     config = families.convert(hf_config)
+    mesh = None if mesh is None else meshes.mesh(mesh, config, rows)
     params = checkpoint.read_params(folder, config, _dtype(dtype, folder, mesh), mesh)
     tokenizer = load_tokenizer(folder)
     generation = folder / "generation_config.json"
@@ -82,6 +88,25 @@ def load(name: str | Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None 
         pad_id=(*pad_ids, *eos_ids, 0)[0],
         mesh=mesh,
     )
+
+
+def on_mesh(base: Base, mesh: str | jax.sharding.Mesh | None, rows: int | None = None) -> Base:
+    """The base with its parameters on a mesh (as for `load`); the same base where None is asked, or it lies there.
+
+    Raises JaxbakeError where it lies on another mesh, or the mesh does not divide it.
+    """
+    if mesh is None or (base.mesh is not None and isinstance(mesh, str) and mesh.strip() == "auto"):
+        return base
+    mesh = meshes.mesh(mesh, base.config, rows)
+    if base.mesh is not None:
+        if meshes.describe(mesh) != meshes.describe(base.mesh):
+            raise JaxbakeError(
+                f"mesh: {meshes.describe(mesh)} is asked for, but {base.name} lies on {meshes.describe(base.mesh)}; "
+                "leave one of them out"
+            )
+        return base
+    lies = jax.tree.map(lambda p: meshes.sharding(p.axes, mesh, p.shape), param_specs(base.config), is_leaf=is_param)
+    return replace(base, params=jax.device_put(base.params, lies), mesh=mesh)
 
 
 def logits(base: Base, tokens_BT: Any, delta: Any = None) -> jax.Array:

@@ -263,9 +263,11 @@ def unembedding(params: Any) -> jax.Array:
 
 def logits_from(params: Any, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Next-token logits [..., V] in float32 from hidden states [..., D], soft-capped where the model does."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, mesh = hidden.reshape(-1, hidden.shape[-1]), mesh_of(params)
+    if mesh is not None and stationary(flat.shape[0], config):
+        flat = constrain(flat, (None, "embed"), mesh)
     out = einsum("td,vd->tv", flat, unembedding(params).astype(flat.dtype))
-    out = constrain(out, ("batch", None), mesh_of(params))
+    out = constrain(out, ("batch", None), mesh)
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     if config.logit_softcap is not None:
         out = config.logit_softcap * jnp.tanh(out / config.logit_softcap)
