@@ -119,7 +119,7 @@ def _child(
         time.sleep(pause if stage == "bake" else 0)
 
     def run_recipe(recipe, root, output, progress):
-        mesh = run._mesh()
+        mesh = jb.mesh(f"fsdp={jax.device_count()}") if jax.process_count() > 1 else None
         base = _read(model, mesh) if model else tiny.spread(tiny.tiny_base(), mesh)
         config = tiny.with_train(steps=steps, checkpoint_every=10, eval_every=30)
         result = tiny.tiny_bake(output, config, base=base, progress=progress)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxbake import mesh as meshes
 from jaxbake.bake.abstract import step_inputs
 from jaxbake.bake.step import make_bake_step
-from jaxbake.config import BakeConfig
+from jaxbake.config import BakeConfig, LoraConfig
 from jaxbake.data.batches import Shape
 from jaxbake.errors import JaxbakeError
 from jaxbake.models import families
@@ -78,7 +78,7 @@ def test_a_real_step_lowers_for_chips_that_are_not_there(real_dir, sizes):
 )
 def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
     with pytest.raises(JaxbakeError) as caught:
-        step_inputs(LLAMA, BakeConfig(), Shape(8, 16, 16, 5), 0, abstract(**sizes))
+        step_inputs(LLAMA, BakeConfig(lora=LoraConfig(rank=2)), Shape(8, 16, 16, 5), 0, abstract(**sizes))
     assert str(caught.value) == message
 
 

@@ -44,9 +44,7 @@ def _struct(shape, dtype, axes, mesh: AnyMesh | None) -> jax.ShapeDtypeStruct:
 
 
 def params_inputs(config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16) -> Any:
-    """The base's parameters. Raises JaxbakeError where the mesh does not divide the model."""
-    if mesh is not None:
-        check(config, mesh)
+    """The base's parameters."""
     specs = param_specs(config)
     return jax.tree.map(lambda p: _struct(p.shape, dtype, p.axes, mesh), specs, is_leaf=is_param)
 
@@ -97,6 +95,8 @@ def step_inputs(
 
     Raises JaxbakeError where the mesh does not divide the model, the rows or the row lengths.
     """
+    if mesh is not None:
+        check(config, mesh)
     return StepInputs(
         state=state_inputs(config, bake_config, mesh),
         params=params_inputs(config, mesh, dtype),

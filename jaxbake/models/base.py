@@ -91,7 +91,8 @@ def load(
 
 
 def on_mesh(base: Base, mesh: str | jax.sharding.Mesh | None, rows: int | None = None) -> Base:
-    """The base with its parameters on a mesh (as for `load`); the same base where None is asked, or it lies there.
+    """The base with its parameters on a mesh (as for `load`), by way of the host, each process for its own devices;
+    the same base where None is asked, or it lies there already.
 
     Raises JaxbakeError where it lies on another mesh, or the mesh does not divide it.
     """
@@ -105,8 +106,9 @@ def on_mesh(base: Base, mesh: str | jax.sharding.Mesh | None, rows: int | None =
                 "leave one of them out"
             )
         return base
-    lies = jax.tree.map(lambda p: meshes.sharding(p.axes, mesh, p.shape), param_specs(base.config), is_leaf=is_param)
-    return replace(base, params=jax.device_put(base.params, lies), mesh=mesh)
+    specs = param_specs(base.config)
+    params = jax.tree.map(lambda p, x: meshes.put(x, p.axes, mesh), specs, base.params, is_leaf=is_param)
+    return replace(base, params=params, mesh=mesh)
 
 
 def logits(base: Base, tokens_BT: Any, delta: Any = None) -> jax.Array:
