@@ -25,7 +25,8 @@ from jaxbake.bake.abstract import StepInputs, step_inputs
 from jaxbake.bake.step import make_bake_step
 from jaxbake.data.batches import Shape
 from jaxbake.errors import JaxbakeError
-from jaxbake.mesh import describe, parts, resolve, sharding
+from jaxbake.mesh import describe, parts, sharding
+from jaxbake.mesh import mesh as resolve
 from jaxbake.models import families
 from jaxbake.models.spec import ModelConfig, num_params
 from jaxbake.plan.chips import Topology, parse_topology
