@@ -336,4 +336,4 @@ def test_manifests_run_the_same_bake():
     sky = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
     for script in (" ".join(pod["containers"][0]["command"]), sky["run"]):
         assert "jaxbake bake configs/llama31_8b_document.yaml --pod --preemptible" in script.replace("\\\n", "")
-        assert "JAX_COMPILATION_CACHE_DIR" in script or "JAX_COMPILATION_CACHE_DIR" in str(pod) + str(sky)
+        assert "JAXBAKE_CACHE" in script or "JAXBAKE_CACHE" in str(pod) + str(sky)

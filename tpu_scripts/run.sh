@@ -15,5 +15,5 @@ token=''
 [[ -n $HF_SECRET ]] && token="HF_TOKEN=\$(gcloud secrets versions access latest --secret=$HF_SECRET) "
 
 trap give_back_on_failure EXIT
-on_all "cd ~/jaxbake && ${token}JAX_COMPILATION_CACHE_DIR=$COMPILE_CACHE PATH=~/jaxbake-env/bin:\$PATH \
+on_all "cd ~/jaxbake && ${token}JAXBAKE_CACHE=$COMPILE_CACHE PATH=~/jaxbake-env/bin:\$PATH \
 bash tpu_scripts/host.sh start $(quoted jaxbake bake "$RECIPE" "${flags[@]}" --output "$OUTPUT" "${more[@]}")"
