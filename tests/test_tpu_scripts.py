@@ -331,8 +331,8 @@ def test_manifests_run_the_same_bake():
     assert jobset["kind"] == "JobSet"
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
-    assert job["parallelism"] == job["completions"] == 2  # 4x4 chips, 8 to a host
-    assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == 8
+    assert job["parallelism"] == job["completions"] == 4  # 4x4 chips, 4 to a host
+    assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == 4
     sky = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
     for script in (" ".join(pod["containers"][0]["command"]), sky["run"]):
         assert "jaxbake bake configs/llama31_8b_document.yaml --pod --preemptible" in script.replace("\\\n", "")
