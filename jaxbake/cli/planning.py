@@ -17,7 +17,10 @@ def plan(
         str, typer.Option("--topology", help="Chips of a slice: v5e:4x4, v6e:8x8, v5p:2x2x2, ...")
     ] = "v5e:4x4",
     slices: Annotated[int, typer.Option("--slices", help="Such slices, joined by the data centre's network.")] = 1,
-    mesh: Annotated[str, typer.Option("--mesh", help="As fsdp=8,tp=2 or replica=2,fsdp=16; or auto.")] = "auto",
+    mesh: Annotated[
+        str | None,
+        typer.Option("--mesh", metavar="AXES", help="As fsdp=8,tp=2; or auto. [default: the recipe's, else auto]"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Another model than the recipe's: hub name, folder or config.json.")
     ] = None,

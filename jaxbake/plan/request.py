@@ -99,14 +99,14 @@ def request_for(
     *,
     recipe: Recipe | None = None,
     model: str | None = None,
-    mesh: str = "auto",
+    mesh: str | None = None,
     slices: int = 1,
     rows: int | None = None,
     question: int | None = None,
     response: int | None = None,
     prompt: int | None = None,
 ) -> Request:
-    """A plan for a recipe, for a model, or for a recipe with another model; sizes not given are the recipe's.
+    """A plan for a recipe, for a model, or for a recipe with another model; mesh and sizes not given are the recipe's.
 
     Without a recipe: rank 32 on all linear layers, recomputation, and the sizes of `Sizes`. The recipe's prompt is not
     counted in tokens (there may be no tokenizer): say how long it is with `prompt`.
@@ -127,7 +127,7 @@ def request_for(
         model=read_model(model),
         topology=topology,
         slices=slices,
-        mesh=mesh,
+        mesh=mesh or bake.mesh or "auto",
         sizes=replace(usual, **{key: value for key, value in given.items() if value is not None}),
         bake=bake,
         dtype=(recipe and recipe.dtype) or "bfloat16",
