@@ -93,6 +93,23 @@ def test_matmul_flops_of_a_jaxpr():
     assert matmul_flops(looped) == one
 
 
+def test_kernels_count_what_they_say():
+    """A hand-written kernel's products times its grid, or its own estimate."""
+    from jax.experimental import pallas as pl
+
+    def product(x_ref, o_ref):
+        o_ref[...] = x_ref[...] @ x_ref[...]
+
+    def kernel(x, **options):
+        return pl.pallas_call(product, jax.ShapeDtypeStruct((8, 8), jnp.float32), grid=(3,), **options)(x)
+
+    x = jnp.ones((8, 8))
+    assert matmul_flops(jax.make_jaxpr(kernel)(x)) == 3 * 2 * 8**3
+    said = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0)
+    both = jax.make_jaxpr(lambda x: kernel(x, cost_estimate=said) @ x)(x)
+    assert matmul_flops(both) == 7 + 2 * 8**3
+
+
 def test_chips_and_topologies():
     peaks = {name: chip.flops_per_cycle * chip.hertz for name, chip in CHIPS.items()}
     assert {name: round(peak / 1e12) for name, peak in peaks.items()} == {"v5e": 197, "v5p": 459, "v6e": 918}
@@ -154,6 +171,8 @@ def plan_with(monkeypatch, peaks: dict, request: Request = REQUEST, **options) -
 
     def compile_elsewhere(request):
         at = request.mesh, request.bake.optimizer.accumulate, request.bake.train.remat
+        if peaks.get(at, 99) is None:
+            raise JaxbakeError("tp does not divide the heads")
         return case(peaks.get(at, 99), *at), 7
 
     monkeypatch.setattr(searching, "check_compiler", lambda: None)
@@ -177,6 +196,14 @@ def test_a_plan_that_misses_suggests_what_fits(monkeypatch):
     assert (plan.best.mesh, plan.best.micro_batches, plan.best.remat) == fits and len(plan.tried) == 2
     assert plan.to_dict()["suggestion"]["fits"]
     assert said[1].startswith("online misses by 14.00 GiB a chip; trying mesh fsdp=4")
+
+
+def test_a_mesh_that_cannot_be_is_passed_over(monkeypatch):
+    said, cannot = [], {("fsdp=2,tp=2", count, True): None for count in (1, 16)}
+    peaks = {**cannot, ("tp=4", 1, True): 15}
+    plan = plan_with(monkeypatch, peaks, REQUEST.with_remat(), tries=9, say=said.append)
+    assert plan.best.mesh == "tp=4" and len(plan.tried) == 2
+    assert said.count("tp does not divide the heads") == 2
 
 
 def test_a_plan_for_which_nothing_fits(monkeypatch):

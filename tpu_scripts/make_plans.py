@@ -23,11 +23,11 @@ from jaxbake.plan.search import compile_elsewhere, read_case
 
 CASES = (  # model, topology, slices, mesh
     ("llama3.1-8b", "v5e:4x4", 1, "fsdp=16"),
+    ("llama3.1-70b", "v5p:4x4x4", 1, "fsdp=64"),
+    ("gemma3-27b", "v5p:2x2x2", 1, "fsdp=8"),
+    ("qwen3-32b", "v6e:4x4", 1, "fsdp=16"),
     ("qwen3-8b", "v5e:4x4", 1, "fsdp=16"),
     ("llama3.1-8b", "v5e:4x4", 2, "replica=2,fsdp=16"),
-    ("qwen3-32b", "v6e:4x4", 1, "fsdp=16"),
-    ("gemma3-27b", "v5p:2x2x2", 1, "fsdp=8"),
-    ("llama3.1-70b", "v5p:4x4x4", 1, "fsdp=64"),
     ("crumb", "v5e:2x2", 1, "fsdp=4"),
 )
 HERE = Path(__file__).resolve().parent
@@ -38,12 +38,14 @@ What `jaxbake plan` says of real models, made by
 
     python tpu_scripts/make_plans.py --configs FOLDER
 
-with the TPU compiler and no TPU: {versions}. Base in bfloat16, rank 32 on all linear layers, a step of 64 rows of
-64 question and 448 response tokens behind a prompt of 2,048, each layer recomputed in the backward pass; the sampler
-decodes {decoded} rows. Memory and cycles are a chip's. Cycles are the compiler's own estimate, loops multiplied out; it
-gives none for collectives that the program waits for (the column *waits* has how many, and their bytes) nor for
-hand-written kernels (*kernels*), so the share of the bound is the upper end of what to expect. Share: cycles that the
-matrix products alone would take at the chip's peak, over the estimate.
+with the TPU compiler and no TPU: {versions}. Base in bfloat16, rank 32 on all linear layers, a
+step of 64 rows of 64 question and 448 response tokens behind a prompt of 2,048, each layer recomputed in the backward
+pass; the sampler decodes {decoded} rows, or one for each part of the mesh where these are more.
+
+Memory, FLOPs and cycles are a chip's. Cycles are the compiler's own estimate, loops multiplied out. It gives none for
+collectives that the program waits for (*waits*: how many, and their bytes), and none for hand-written kernels, which
+are counted as what their products take at the chip's peak (*kernels*: how many run, and these cycles). Share: cycles
+that the matrix products alone would take at the peak, over the cycles; the most that can be hoped for.
 """
 
 
@@ -68,7 +70,7 @@ def row(request: Request, case: Case) -> list[str]:
         "-" if f.share is None else f"{f.share:.0%}",
         moved or "-",
         f"{f.waiting.get('count', 0)} x ({size(f.waiting.get('bytes', 0))})",
-        str(f.unestimated),
+        f"{f.unestimated} ({f.kernel_cycles:.2e} cycles)" if f.unestimated else "0",
         f"{f.compile_seconds:.0f} s",
     ]
 

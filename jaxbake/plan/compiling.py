@@ -153,7 +153,7 @@ def _figures(
     return Figures(
         program, memory, seconds, flops, bound, costs.cycles + kernels,
         {kind: asdict(traffic) for kind, traffic in sorted(costs.collectives.items())},
-        asdict(costs.waiting), costs.unestimated, tokens,
+        asdict(costs.waiting), costs.unestimated, kernels, tokens,
     )  # fmt: skip
 
 

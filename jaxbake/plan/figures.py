@@ -33,8 +33,9 @@ class Memory:
 class Figures:
     """One program. flops: of the matrix products, of all chips. cycles: estimated, of one chip; of one token for the
     sampler. bound: cycles that the flops alone would take. collectives: kind -> {"count", "bytes"} on a chip.
-    waiting: those among them that the estimate leaves out. unestimated: hand-written kernels, of which the compiler
-    estimates nothing; they are in `cycles` as what their operations take at the chip's peak."""
+    waiting: those among them that the estimate leaves out. unestimated: runs of hand-written kernels, of which the
+    compiler estimates nothing; `kernel_cycles`, a part of `cycles`, is what their products take at the chip's peak.
+    tokens: response tokens a run."""
 
     program: str
     memory: Memory
@@ -45,6 +46,7 @@ class Figures:
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)
     unestimated: int = 0
+    kernel_cycles: int = 0
     tokens: int = 0
 
     @property

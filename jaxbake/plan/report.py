@@ -33,6 +33,7 @@ def rows_of(f: Figures) -> dict[str, str]:
         "fits": "yes" if f.fits else f"no, misses by {size(memory.over)}",
         "matmul FLOPs, all chips": f"{f.flops:.3g}",
         "estimated cycles": "-" if f.cycles is None else f"{f.cycles:.3g}",
+        "of them hand-written kernels": f"{f.kernel_cycles:.3g}" if f.unestimated else "none",
         "share of the FLOP bound": "-" if f.share is None else f"{f.share:.0%}",
     }
     for kind, one in f.collectives.items():

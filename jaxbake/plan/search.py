@@ -46,9 +46,13 @@ def make_plan(request: Request, *, tries: int = TRIES, say: Say = lambda text: N
                 break
             probe = replace(other, programs=(worst,))
             say(f"{missing(asked if not tried else tried[-1])}; trying {said(other)}")
-            case, _ = compile_elsewhere(probe)
-            if case.fits and len(request.programs) > 1:
-                case, _ = compile_elsewhere(other)
+            try:
+                case, _ = compile_elsewhere(probe)
+                if case.fits and len(request.programs) > 1:
+                    case, _ = compile_elsewhere(other)
+            except JaxbakeError as error:  # a tp that does not divide the model's heads, say
+                say(str(error))
+                continue
             tried.append(case)
             if case.fits:
                 break
