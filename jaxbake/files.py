@@ -22,6 +22,9 @@ from typing import Any
 
 from jaxbake.errors import JaxbakeError
 
+STORES = {"gs": "jaxbake[gcs]", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+"""Object stores by the scheme of their paths, and what has to be installed to reach them."""
+
 AnyPath = Any
 """`pathlib.Path` or `etils.epath.Path`."""
 
@@ -32,12 +35,23 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> AnyPath:
-    """The path as an object with pathlib's methods, wherever it lies."""
-    if is_remote(path):
-        from etils import epath
+    """The path as an object with pathlib's methods, wherever it lies.
 
-        return epath.Path(os.fspath(path))
-    return Path(path)
+    Raises JaxbakeError for a store that is not known, or whose client is not installed.
+    """
+    if not is_remote(path):
+        return Path(path)
+    import fsspec
+    from etils import epath
+
+    scheme = os.fspath(path).split("://")[0]
+    if scheme not in STORES:
+        raise JaxbakeError(f"{path}: '{scheme}://' is no known store; paths are local, or gs://bucket/...")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise JaxbakeError(f"{path}: needs a client; pip install '{STORES[scheme]}' ({error})") from None
+    return epath.Path(os.fspath(path))
 
 
 def absolute(path: str | os.PathLike) -> AnyPath:

@@ -68,18 +68,16 @@ def start(
 
     Args:
       coordinator, processes, process: "host:port" of process 0, how many there are, and which this one is.
-      pod: detect these three (Cloud TPU, GKE, Slurm, Open MPI) instead.
+      pod: detect those of these three that are not given (Cloud TPU, GKE, Slurm, Open MPI).
       preemptible: refuse to start where SIGTERM could not be handled.
       peer_timeout: seconds without a sign of life after which a process is lost, and all others end.
 
     Raises JaxbakeError for an incomplete or impossible combination, and where `preemptible` cannot be kept.
     """
     given = (coordinator, processes, process)
-    if pod and any(value is not None for value in given):
-        raise JaxbakeError("--pod detects the processes itself; leave out --coordinator, --processes and --process")
     if not pod and any(value is None for value in given) and any(value is not None for value in given):
         raise JaxbakeError("--coordinator HOST:PORT, --processes N and --process I go together; give all three")
-    if processes is not None and not 0 <= process < processes:
+    if processes is not None and process is not None and not 0 <= process < processes:
         raise JaxbakeError(f"--process: {process} is not one of the {processes} processes, 0 to {processes - 1}")
     distributed = pod or coordinator is not None
     if distributed:
@@ -96,6 +94,8 @@ def start(
         except (RuntimeError, ValueError) as error:
             what = "--pod: no pod was detected here" if pod else f"--coordinator {coordinator}: could not join"
             raise JaxbakeError(f"{what} ({_line(error)})") from error
+        # Gloo wants all processes at the first collective within half a minute: so now, not after compiling.
+        multihost_utils.sync_global_devices("jaxbake")
     elif threading.current_thread() is threading.main_thread():
         _terminated.clear()
         signal.signal(signal.SIGTERM, _on_sigterm)
