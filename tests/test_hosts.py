@@ -324,5 +324,10 @@ def test_four_processes(tmp_path):
     single = dataclasses.replace(base, folder=model)
     jb.save_peft(delta, single, tmp_path / "peft", card=card)
     jb.save_merged(single, delta, tmp_path / "merged", card=card)
-    for name in ("peft", "merged"):
-        assert contents(tmp_path / name) == contents(tmp_path / "whole" / name)
+    assert contents(tmp_path / "peft") == contents(tmp_path / "whole" / "peft")
+    here, there = contents(tmp_path / "merged"), contents(tmp_path / "whole" / "merged")
+    (here_tensors, _), (there_tensors, _) = here.pop("model.safetensors"), there.pop("model.safetensors")
+    assert here == there and here_tensors.keys() == there_tensors.keys()
+    for name, (dtype, shape, raw) in here_tensors.items():  # a product on shards is rounded in another order
+        assert there_tensors[name][:2] == (dtype, shape)
+        np.testing.assert_allclose(np.frombuffer(there_tensors[name][2], dtype), np.frombuffer(raw, dtype), atol=1e-6)
