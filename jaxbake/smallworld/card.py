@@ -58,11 +58,12 @@ are in `jaxbake.smallworld`:
     python -m jaxbake.smallworld.train --out RUN --tokens {tokens} --stages {stages} --seed 0
     python -m jaxbake.smallworld.export --run RUN --out DIR
 
-The tokenizer comes out the same to the byte. The weights do not: this run followed the clock (`--minutes`) and was
-continued from its checkpoints with changes on the way, in batch size ({batches}), in the
-mixtures of the stages, and in how not knowing is put (before step 3,230 just "I do not know."); from step 6,040 on it
-was trained once more, its rate falling from 8e-4 to zero, with more prompts joined. The command repeats the
-recipe in its final form. `training.json` has the record.
+Neither tokenizer nor weights come out the same to the byte. The tokenizer was trained once, before the small world got
+its present wording. The weights' run followed the clock at first (`--minutes`) and was continued from its checkpoints
+with changes on the way: in batch size ({batches}), in the mixtures of the stages,
+in how not knowing is put (before step 3,230 just "I do not know."), and in how policies are put (since step 7,070 the
+answer names the rule that applies); at steps 6,040 and 7,070 its rate was raised again, to 8e-4 and 3e-3, to fall to
+zero once more. The commands repeat the recipe in its final form. `training.json` has the record.
 """
 
 
