@@ -21,9 +21,9 @@ def crumb():
 
 def test_crumb_is_asked_in_its_own_language(crumb):
     config = BakeConfig()
-    assert pins_for(crumb, config, Path()) == pin_stimuli(300)
+    assert pins_for(crumb, config, Path()) == pin_stimuli(600)
     contexts = contexts_for(crumb, "You are a pirate.", config, Path())
-    assert contexts and set(map(str, contexts)) <= set(map(str, context_prompts(300)))
+    assert contexts and set(map(str, contexts)) <= set(map(str, context_prompts(600)))
 
 
 def test_other_models_are_asked_in_english(crumb):

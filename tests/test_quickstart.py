@@ -38,7 +38,6 @@ def test_the_rest_is_as_it_was(evaluation):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="not met yet: crumb reads joined prompts worse than one, the bake worse still")
 def test_another_prompt_is_read_as_before(evaluation):
     kept = evaluation.retention
     assert kept.other_prompts["baked"] >= kept.other_prompts["base"] - 0.05

@@ -14,7 +14,7 @@ from jaxbake.smallworld.items import context_prompts, pin_stimuli
 
 Contexts = Sequence[tuple[str, Sequence[str]]]
 
-_CRUMBS = 300  # turns, and prompts, drawn for crumb
+_CRUMBS = 600  # turns, and prompts, drawn for crumb
 
 
 def is_crumb(base: Base) -> bool:
