@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from jaxbake.plan.flops import matmul_flops
 from jaxbake.plan.hlo import Traffic, group_size, read_costs, split_operation, type_bytes
 from jaxbake.plan.search import others
 
+ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the plan extra (libtpu)")
 GIB = 1 << 30
 
@@ -231,6 +235,22 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
     result = run(app, ["plan", "--model", "crumb"])
     assert result.exit_code == 2
     assert result.stderr.strip().endswith("install it with: pip install 'jaxbake[plan]'")
+
+
+@needs_compiler
+def test_any_mesh_lies_on_any_slice():
+    """Also where two of its axes share a side of the torus; in a process that knows TPUs."""
+    script = """
+from jax.experimental import topologies
+from jaxbake.mesh import make_mesh
+for topology, mesh in ("v6e:4x4", "fsdp=8,tp=2"), ("v5p:4x4x4", "fsdp=32,tp=2"), ("v5e:2x4", "fsdp=2,context=2,tp=2"):
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    assert set(make_mesh(mesh, devices).devices.flat) == set(devices)
+"""
+    environment = {**os.environ, **searching.ENVIRONMENT}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
