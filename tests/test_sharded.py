@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from test_step import all_jaxprs
 
 from jaxbake import mesh as meshes
 from jaxbake.bake.abstract import step_inputs
@@ -59,6 +60,26 @@ def test_a_real_step_lowers_for_chips_that_are_not_there(real_dir, sizes):
     )
     split = mesh.shape["fsdp"] * mesh.shape["tp"]
     assert float(held) == pytest.approx(2 * num_params(config) / split, rel=0.01)  # norms are not split over tp
+
+
+def stacks_of_weights(config: ModelConfig, mesh: AbstractMesh) -> list[tuple[int, ...]]:
+    """Shapes of the stacked base weights among what any loop over the layers of a bake step puts out."""
+    settings = BakeConfig(lora=LoraConfig(rank=2))
+    inputs = step_inputs(config, settings, Shape(8, 16, 16, 5), 8, mesh)
+    jaxpr = make_bake_step(config, settings).trace(*inputs[:4]).jaxpr.jaxpr
+    shapes = {x.shape for x in jax.tree.leaves(inputs.params["layers"]) if x.ndim == 3}
+    loops = [eqn for inner in all_jaxprs(jaxpr) for eqn in inner.eqns if eqn.primitive.name == "scan"]
+    assert len(loops) >= 3  # teacher, student, and back
+    return [out.aval.shape for eqn in loops for out in eqn.outvars if out.aval.shape in shapes]
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass(monkeypatch):
+    """On a TPU all else is kept, without recomputation; the control keeps the gathered weights too."""
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2, abstract_device=tpu)
+    assert stacks_of_weights(LLAMA, mesh) == []
+    monkeypatch.setattr("jaxbake.models.decoder.recompute_gathers", jax.checkpoint_policies.everything_saveable)
+    assert stacks_of_weights(LLAMA, mesh)
 
 
 # What is refused

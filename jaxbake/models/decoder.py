@@ -264,9 +264,10 @@ def unembedding(params: Any) -> jax.Array:
 def logits_from(params: Any, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Next-token logits [..., V] in float32 from hidden states [..., D], soft-capped where the model does."""
     flat, mesh = hidden.reshape(-1, hidden.shape[-1]), mesh_of(params)
-    if mesh is not None and stationary(flat.shape[0], config):
-        flat = constrain(flat, (None, "embed"), mesh)
+    still = mesh is not None and stationary(flat.shape[0], config)
+    flat = constrain(flat, (None, "embed"), mesh) if still else flat
     out = einsum("td,vd->tv", flat, unembedding(params).astype(flat.dtype))
+    out = constrain(out, (None, "vocab"), mesh) if still else out
     out = constrain(out, ("batch", None), mesh)
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     if config.logit_softcap is not None:
