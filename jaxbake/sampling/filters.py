@@ -84,10 +84,15 @@ def draw(
 
     greedy: all temperatures are known to be 0, so that no noise is made.
     """
-    best = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     if greedy:
-        return best
+        return _largest(logits_BV)
     tempered = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(keys_B)
-    drawn = jnp.argmax(filter_logits(tempered, filters) + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(temperature_B > 0, drawn, best)
+    return _largest(jnp.where(temperature_B[:, None] > 0, filter_logits(tempered, filters) + noise, logits_BV))
+
+
+def _largest(x_BV: jax.Array) -> jax.Array:
+    """The first place of the largest value, int32 [B]: as argmax, which on a CPU takes several times longer."""
+    vocab = x_BV.shape[-1]
+    at_peak = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(at_peak, jnp.arange(vocab, dtype=jnp.int32), vocab - 1), axis=-1)
