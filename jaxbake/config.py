@@ -155,6 +155,9 @@ class TrainConfig:
 
     patience: stop after so many evaluations without a lower held-out KL (None: run all steps).
     max_length: longest row in tokens, prompt not counted; longer examples are refused, never cut.
+    teacher_device_gb, teacher_host_gb, teacher_disk_gb: where examples are visited again, what the teacher says of them
+      is computed once and kept on the device, in memory or in a file of the output folder, the first of these that may
+      take as much (in GiB); where none may, the teacher is asked at every visit. It does not change the bake.
     """
 
     steps: int = 200
@@ -166,10 +169,15 @@ class TrainConfig:
     patience: int | None = None
     remat: bool = False
     tensorboard: bool = False
+    teacher_device_gb: float = 1.0
+    teacher_host_gb: float = 4.0
+    teacher_disk_gb: float = 64.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length", "eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}: must be at least 1")
+        for name in ("teacher_device_gb", "teacher_host_gb", "teacher_disk_gb"):
+            _require(getattr(self, name) >= 0, f"train.{name}: is a number of GiB, 0 or above")
         _require(0 < self.held_out < 1, f"train.held_out: {self.held_out} is a share of the stimuli, between 0 and 1")
         _require(self.patience is None or self.patience >= 1, "train.patience: must be at least 1")
 

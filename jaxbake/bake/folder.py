@@ -11,6 +11,7 @@ from jaxbake.files import AnyPath, is_remote, read_json, write_whole
 
 IDENTITY, METRICS, STIMULI, RUNS = "bake.json", "metrics.jsonl", "stimuli.jsonl", "runs.json"
 TRAJECTORIES, CHECKPOINTS, DELTA, TENSORBOARD = "trajectories", "checkpoints", "delta", "tensorboard"
+TEACHER = "teacher"
 
 
 def claim(folder: AnyPath, identity: dict[str, Any]) -> None:

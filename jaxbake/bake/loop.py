@@ -131,7 +131,10 @@ def bake(
         card = make_card(
             base, delta, name=name or (folder.name if folder else "bake"), prompt=prompt,
             config=recipe or config, seeds={"bake": config.seed},
-            metrics={"held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step},
+            metrics={
+                "held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step,
+                "useful_fraction": trained.useful_fraction,
+            },
             environment=runs.environment, resumes=runs.resumes,
         )  # fmt: skip
         if folder:
@@ -199,7 +202,7 @@ def _decisive(config: BakeConfig) -> dict[str, Any]:
     """The settings that the delta depends on."""
     settings = asdict(config)
     del settings["mesh"]
-    for name in ("checkpoint_every", "tensorboard"):
+    for name in ("checkpoint_every", "tensorboard", "teacher_device_gb", "teacher_host_gb", "teacher_disk_gb"):
         del settings["train"][name]
     for name in ("pin_stimuli", "contexts_file"):  # what they hold counts, not where
         del settings["retention"][name]

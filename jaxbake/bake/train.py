@@ -21,6 +21,7 @@ from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog, Runs
 from jaxbake.bake.progress import Progress
 from jaxbake.bake.step import BakeState, init_state, make_bake_step, make_eval_step
+from jaxbake.bake.targets import Table, content_key, open_table, where_to_keep
 from jaxbake.bake.teacher import hidden_at
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Batches, View, shared_prefix
@@ -34,17 +35,16 @@ from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling import shared_prefix as prefix_of
 
-TEACHER_BYTES = 1 << 30
-"""Up to this size the teacher's hidden states are kept rather than computed again at each visit of an example."""
-
 
 @dataclass(frozen=True)
 class Trained:
-    """A delta, the step it is of, and a row of metrics per step."""
+    """A delta, the step it is of, and a row of metrics per step. useful_fraction: of the row tokens that were computed,
+    the share that is no padding."""
 
     delta: Delta
     step: int
     metrics: list[dict[str, float]]
+    useful_fraction: float
 
 
 @dataclass
@@ -76,22 +76,23 @@ def _teacher_hidden(params: Any, view: View, prefix: Prefix | None, config: Mode
 class _KnownTeacher:
     """The teacher's hidden states at every matched token of the examples: the base is frozen, one pass is enough.
 
-    table: [matched tokens of all examples, D], in the order of `Batch.source`.
+    table: for all their matched tokens, in the order of `Batch.source`. on_device: it is copied there whole, otherwise
+      each step's rows are.
     """
 
-    def __init__(self, base: Base, batches: Batches, prefix: Prefix | None):
-        matched = sum(int(example.mask.sum()) for example in batches.examples)
-        table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
-        for n in range(-(-len(batches.examples) // batches.batch_size)):
+    def __init__(self, base: Base, batches: Batches, prefix: Prefix | None, table: Table, on_device: bool):
+        for n in range(0 if table.complete else -(-len(batches.examples) // batches.batch_size)):
             batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
             placed = put_batch(batch, base.mesh)
             hidden = _teacher_hidden(base.params, placed.teacher, prefix, base.config)
-            table[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
-        self._mesh, self._table = base.mesh, table if base.mesh else jnp.asarray(table)
+            table.rows[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
+        table.finish()
+        self._mesh, self._table = base.mesh, jnp.asarray(table.rows) if on_device else table.rows
 
     def __call__(self, batch: Batch) -> jax.Array:
-        if self._mesh:  # the table stays with the host: each device is given what its rows need
-            return put(self._table[np.maximum(batch.source, 0)], HIDDEN_AXES, self._mesh)
+        if isinstance(self._table, np.ndarray):
+            rows = self._table[np.maximum(batch.source, 0)]
+            return put(rows, HIDDEN_AXES, self._mesh) if self._mesh else jnp.asarray(rows)
         return _rows(self._table, batch.source)
 
 
@@ -139,11 +140,15 @@ def train(
     sizes["tokens_multiple"] = parts("seq", base.mesh)
     batches = Batches(examples, shared, rows_multiple=accumulate * rows, **sizes)
     visits = settings.steps * settings.batch_size / len(examples)
-    matched = sum(int(example.mask.sum()) for example in examples)
-    size = matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
+    shape = sum(int(example.mask.sum()) for example in examples), base.config.hidden_size
+    dtype = base.params["norm"].dtype
+    room = where_to_keep(math.prod(shape) * dtype.itemsize, settings, folder if jax.process_count() == 1 else None)
     teacher = None
-    if visits > 1 and size <= TEACHER_BYTES and config.loss.divergence != "cross_entropy":
-        teacher = _KnownTeacher(base, batches, prefix)
+    if visits > 1 and room and config.loss.divergence != "cross_entropy":
+        key = content_key(base.digest, examples, shared)
+        table = open_table(shape, dtype, folder / layout.TEACHER if room == "disk" else None, key)
+        on_device = room == "device" and base.mesh is None  # on a mesh each device is given what its rows need
+        teacher = _KnownTeacher(base, batches, prefix, table, on_device)
     evaluate = _HeldOut(base, config, Batches(held_out, shared, rows_multiple=rows, **sizes), prefix)
     step = make_bake_step(base.config, config)
     lie = base.mesh and jax.tree.map(lambda x: x.sharding, state_inputs(base.config, config, base.mesh))
@@ -212,8 +217,8 @@ def train(
                     f"step {n} is saved" if checkpoints else f"step {n} is lost, no output folder was given"
                 )
     if settings.patience:
-        return Trained(state.delta.replace(factors=best.factors), best.step, log.rows)
-    return Trained(state.delta, n, log.rows)
+        return Trained(state.delta.replace(factors=best.factors), best.step, log.rows, batches.useful_fraction())
+    return Trained(state.delta, n, log.rows, batches.useful_fraction())
 
 
 def _diverged(
