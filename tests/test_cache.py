@@ -58,3 +58,24 @@ def test_a_program_compiled_once_is_there_the_next_time(tmp_path):
         environment.pop(name)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert any((tmp_path / "jaxbake" / "compiled").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone gives huge pages so")
+def test_heavy_commands_start_again_once_for_huge_pages(monkeypatch):
+    from jaxbake import cli
+
+    started = []
+    monkeypatch.setattr(cli.os, "execve", lambda path, command, environment: started.append((command, environment)))
+    monkeypatch.setattr(cli.Path, "read_text", lambda path: "always [madvise] never")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for arguments in (["--help"], ["models"]):
+        monkeypatch.setattr(sys, "argv", ["jaxbake", *arguments])
+        cli._with_huge_pages()
+    assert not started
+    monkeypatch.setattr(sys, "argv", ["jaxbake", "--cache", "off", "bake", "recipe.yaml"])
+    cli._with_huge_pages()
+    (command, environment) = started.pop()
+    assert command == [sys.executable, *sys.orig_argv[1:]]
+    monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
+    cli._with_huge_pages()
+    assert not started

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -98,8 +99,28 @@ def _root(
         keep_compiled(cache)
 
 
+def _with_huge_pages() -> None:
+    """Starts this command again, once, with memory in huge pages where Linux gives them to those who ask.
+
+    Every step takes its working memory anew, and in small pages that is 5 to 10 % of its time on a CPU. glibc reads the
+    setting only when a process begins. Whoever sets GLIBC_TUNABLES, even to nothing, is left alone.
+    """
+    heavy = {"quickstart", "bake", "bench", "eval", "sample", "chat"} & set(sys.argv[1:4])
+    if not heavy or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
+        return
+    try:
+        asked = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        glibc = os.confstr("CS_GNU_LIBC_VERSION") is not None
+    except (OSError, ValueError):
+        return
+    if asked and glibc:
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def main() -> None:
     """What the `jaxbake` command runs."""
+    _with_huge_pages()
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
