@@ -149,7 +149,12 @@ def kl(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """The divergence alone, value and gradient, from hidden states of `batch x response-len` tokens."""
+    """The divergence alone, value and gradient, from hidden states of `batch x response-len` tokens.
+
+    Example:
+
+      jaxbake bench kl --size L --divergence reverse
+    """
     model, shape = _shape(config, size, hidden=hidden, vocab=vocab, response_len=response_len, batch=batch)
     from jaxbake.bench.parts import bench_kl
 
@@ -177,7 +182,12 @@ def sample(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Sampling `response-len` tokens for `batch` rows behind one shared prompt; the prompt's own pass is timed too."""
+    """Sampling `response-len` tokens for `batch` rows behind one shared prompt; the prompt's own pass is timed too.
+
+    Example:
+
+      jaxbake bench sample --size M --batch 16 --response-len 64
+    """
     model, shape = _shape(
         config, size, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
         prompt_len=prompt_len, question_len=question_len, response_len=response_len, batch=batch,
@@ -201,7 +211,12 @@ def load(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Reading a model of this shape from safetensors, beside reading the same bytes plainly."""
+    """Reading a model of this shape from safetensors, beside reading the same bytes plainly.
+
+    Example:
+
+      jaxbake bench load --size L
+    """
     model, _ = _shape(config, size, layers=layers, hidden=hidden, ffn=ffn, vocab=vocab)
     from jaxbake.bench.parts import bench_load
 
