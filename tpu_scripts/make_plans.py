@@ -23,7 +23,8 @@ from jaxbake.plan.search import compile_elsewhere, read_case
 
 CASES = (  # model, topology, slices, mesh
     ("llama3.1-8b", "v5e:4x4", 1, "fsdp=16"),
-    ("llama3.1-70b", "v5p:4x4x4", 1, "fsdp=16,tp=4"),  # over all three sides of the torus, gathers become sums
+    ("llama3.1-70b", "v5p:4x4x4", 1, "fsdp=64"),  # over all three sides of the torus, gathers become sums
+    ("llama3.1-70b", "v5p:4x4x4", 1, "fsdp=16,tp=4"),
     ("gemma3-27b", "v5p:2x2x2", 1, "fsdp=8"),
     ("qwen3-32b", "v6e:4x4", 1, "fsdp=16"),
     ("qwen3-8b", "v5e:4x4", 1, "fsdp=16"),
@@ -45,7 +46,8 @@ pass; the sampler decodes {decoded} rows, or one for each part of the mesh where
 Memory, FLOPs and cycles are a chip's. Cycles are the compiler's own estimate, loops multiplied out. It gives none for
 collectives that the program waits for (*waits*: how many, and their bytes), and none for hand-written kernels, which
 are counted as what their products take at the chip's peak (*kernels*: how many run, and these cycles). Share: cycles
-that the matrix products alone would take at the peak, over the cycles; the most that can be hoped for.
+that the matrix products alone would take at the peak, over the cycles; the most that can be hoped for. Compile times
+are of a busy machine: alone, it takes some minutes less. Cases without a line have not been compiled yet.
 """
 
 
@@ -109,7 +111,7 @@ def main() -> None:
         for model, topology, slices, mesh in CASES:
             name = model if model == "crumb" else str(asked.configs / model)
             request = replace(request_for(topology, model=name, slices=slices, mesh=mesh), programs=(program,))
-            path = asked.kept / f"{model}-{topology.replace(':', '-')}-{slices}-{program}.json"
+            path = asked.kept / f"{model}_{topology.replace(':', '-')}_{slices}_{mesh}_{program}.json"
             if (not path.exists() or asked.fresh) and program in asked.programs and model in (asked.only or [model]):
                 print(f"{program}: {describe(request)}", flush=True)
                 try:
