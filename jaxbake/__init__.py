@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names for editors and type checkers
     from jaxbake.bake.loop import BakeResult, bake
+    from jaxbake.bake.many.loop import BakeSpec, bake_many
     from jaxbake.bake.step import BakeState, make_bake_step, make_eval_step, make_optimizer
     from jaxbake.bakery.card import Card
     from jaxbake.bakery.store import load_delta, save_delta
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
         TrainConfig,
     )
     from jaxbake.deltas.lora import Delta, init_delta
+    from jaxbake.deltas.many import Deltas
     from jaxbake.deltas.merged import merge, save_merged
     from jaxbake.deltas.peft import load_peft, save_peft
     from jaxbake.deltas.vllm import check_vllm
@@ -50,12 +52,14 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
 
 _MODULES = {
     "bake.loop": "BakeResult",
+    "bake.many.loop": "BakeSpec bake_many",
     "bake.step": "BakeState make_bake_step make_eval_step make_optimizer",
     "bakery.card": "Card",
     "bakery.store": "load_delta save_delta",
     "config": "BakeConfig EvaluationConfig GenerateConfig LoraConfig LossConfig "
     "OptimizerConfig Recipe RetentionConfig SamplingConfig StimuliConfig TrainConfig",
     "deltas.lora": "Delta init_delta",
+    "deltas.many": "Deltas",
     "deltas.merged": "merge save_merged",
     "deltas.peft": "load_peft save_peft",
     "deltas.vllm": "check_vllm",

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxbake import hosts
 from jaxbake.bake.folder import DELTA, TRAJECTORIES
 from jaxbake.bake.lock import owned
 from jaxbake.bake.loop import BakeResult, bake
+from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bakery.card import sha256
@@ -28,7 +30,7 @@ from jaxbake.data.stimuli import load_pins
 from jaxbake.data.trajectories import TrajectoryStore
 from jaxbake.deltas.lora import Delta
 from jaxbake.deltas.peft import save_peft
-from jaxbake.errors import JaxbakeError, Preempted
+from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.evaluate import report
 from jaxbake.evaluate.items import load_items
 from jaxbake.evaluate.measure import Evaluation, measure
@@ -113,24 +115,95 @@ def run_recipe(
 
     Raises JaxbakeError as `load`, `bake` and `measure` do, and Preempted after a SIGTERM (see `jaxbake.hosts`).
     """
-    started, progress, root = time.monotonic(), progress or silent, Path(root)
-    output = as_path(recipe.output) / recipe.name if output is None else as_path(output)
-    kept = inside(recipe, root, output)
-    key = _key(kept, output)
-    if hosts.first(lambda: _finished(kept, output, key) is not None):
-        return _finished(kept, output, key)
-    items = _items(recipe, root)  # before the work, so that a fault in it shows at once
+    started, progress = time.monotonic(), progress or silent
+    job = _job(recipe, Path(root), as_path(recipe.output) / recipe.name if output is None else as_path(output))
+    if job.finished:
+        return job.finished
     mesh = recipe.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
     base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=recipe.bake.train.batch_size)
     result = bake(
-        base, kept.prompt, recipe.stimuli, recipe.bake, output, progress=progress, name=recipe.name,
-        recipe=dataclasses.asdict(kept), root=root,
+        base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
+        recipe=dataclasses.asdict(job.kept), root=root,
     )  # fmt: skip
-    with owned(output):
-        save_peft(result.delta, base, output / PEFT, card=result.card)
-        evaluation = _measure(base, result.delta, recipe, root, output, items, _leaving(progress))
-        outcome = Outcome(kept, output, evaluation, round(time.monotonic() - started, 1))
-        hosts.first(lambda: _write(outcome, result, key))
+    return _completed(job, base, result, started, progress)
+
+
+def run_recipes(
+    recipes: Sequence[tuple[Recipe, str | Path]], output: str | AnyPath | None = None, progress: Progress | None = None
+) -> list[Outcome]:
+    """Does all that several recipes for one model say, their bakes trained together in one step (`bake_many`).
+
+    Args:
+      recipes: each with the folder that its files are relative to.
+      output: the folder that holds one for each recipe, by name; by default the recipes' own `output`.
+      progress: called as work advances; "sample" and "evaluate" count recipes.
+
+    What is finished is returned as it is, whether it was baked so or by `run_recipe`. Raises JaxbakeError as
+    `run_recipe` does, and where models, outputs or losses differ, or names do not; Preempted after a SIGTERM;
+    TrainingDiverged at the end where a bake diverged, with all others written.
+    """
+    progress, started = progress or silent, time.monotonic()
+    for field in ("model", "dtype") + (("output",) if output is None else ()):
+        values = dict.fromkeys(getattr(recipe, field) for recipe, _ in recipes)
+        if len(values) > 1:
+            raise JaxbakeError(f"{field}: must be the same for bakes of one step, found {', '.join(map(str, values))}")
+    first = recipes[0][0]
+    folder = as_path(first.output if output is None else output)
+    jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
+    if all(job.finished for job in jobs):
+        return [job.finished for job in jobs]
+    base = load(first.model, dtype=first.dtype)
+    specs = [
+        BakeSpec(
+            job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
+            recipe=dataclasses.asdict(job.kept), root=job.root,
+        )
+        for job in jobs
+    ]  # fmt: skip
+    failed = None
+    try:
+        results = bake_many(base, specs, folder, progress=progress)
+    except TrainingDiverged as error:
+        results, failed = error.results, error
+    outcomes = []
+    for done, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        if result is not None:
+            outcomes.append(job.finished or _completed(job, base, result, started, silent))
+        progress("evaluate", done + 1, len(jobs), {})
+    if failed:
+        raise failed
+    return outcomes
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A recipe, what it reads as in its output folder, and what that already holds of it (None: not finished)."""
+
+    recipe: Recipe
+    root: Path
+    output: AnyPath
+    kept: Recipe
+    key: str
+    items: list
+    finished: Outcome | None
+
+
+def _job(recipe: Recipe, root: Path, output: AnyPath) -> _Job:
+    kept = inside(recipe, root, output)
+    key = _key(kept, output)
+    if hosts.first(lambda: _finished(kept, output, key) is not None):
+        return _Job(recipe, root, output, kept, key, [], _finished(kept, output, key))
+    items = _items(recipe, root)  # before the work, so that a fault in it shows at once
+    return _Job(recipe, root, output, kept, key, items, None)
+
+
+def _completed(job: _Job, base: Base, result: BakeResult, started: float, progress: Progress) -> Outcome:
+    """All that follows a bake: export, measurements, plot, summary."""
+    with owned(job.output):
+        save_peft(result.delta, base, job.output / PEFT, card=result.card)
+        evaluation = _measure(base, result.delta, job.recipe, job.root, job.output, job.items, _leaving(progress))
+        outcome = Outcome(job.kept, job.output, evaluation, round(time.monotonic() - started, 1))
+        hosts.first(lambda: _write(outcome, result, job.key))
     return outcome
 
 

@@ -73,6 +73,11 @@ class Checkpoints:
         with self._writing():
             self._checkpointer.wait()
 
+    def cursor(self) -> dict[str, Any]:
+        """The newest checkpoint's cursor, without its arrays. Raises JaxbakeError where its file is damaged."""
+        with self._reading():
+            return self._checkpointer.load_checkpointables(self.latest, {"cursor": None})["cursor"]
+
     def restore(self, state: BakeState, best: dict) -> tuple[BakeState, dict, dict[str, float]]:
         """The newest checkpoint as (state, best, cursor), shaped and placed as those given.
 
@@ -81,8 +86,14 @@ class Checkpoints:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), {"state": state, "best": best}
         )
-        try:
+        with self._reading():
             found: Any = self._checkpointer.load_checkpointables(self.latest, {"arrays": like, "cursor": None})
+        return found["arrays"]["state"], found["arrays"]["best"], found["cursor"]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             older = self.steps[:-1]
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -90,4 +101,3 @@ class Checkpoints:
                 f"{self.folder / str(self.latest)}: the checkpoint is damaged ({first}); delete this folder to go on "
                 f"from {f'step {older[-1]}' if older else 'the start of training'}"
             ) from error
-        return found["arrays"]["state"], found["arrays"]["best"], found["cursor"]

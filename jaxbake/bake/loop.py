@@ -18,7 +18,7 @@ from jaxbake.bake.lock import owned
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.rollout import collect, write_stimuli
-from jaxbake.bake.train import train
+from jaxbake.bake.train import Trained, train
 from jaxbake.bakery.card import FILE as CARD
 from jaxbake.bakery.card import Card, make_card, sha256
 from jaxbake.bakery.store import load_delta, save_delta
@@ -105,16 +105,7 @@ def bake(
     pins = pins_for(base, config, root) if pins is None else pins
     contexts = contexts_for(base, prompt, config, root) if contexts is None else contexts
     folder = None if output is None else absolute(output)
-    identity = {
-        "prompt": sha256(prompt),
-        "base": base.digest,
-        "template": template_hash(base.tokenizer),
-        "stimuli": sha256(json.dumps(given)),
-        "generate": asdict(generate) if generate else None,
-        "pins": sha256(json.dumps(list(pins))),
-        "contexts": sha256(json.dumps([[text, list(turns)] for text, turns in contexts])),
-        "config": _decisive(config),
-    }
+    identity = _identity(base, prompt, given, generate, pins, contexts, config)
     if folder and hosts.first(lambda: _is_finished(folder, identity)):
         return _finished(folder, base)
     with owned(folder) if folder else nullcontext():
@@ -126,19 +117,47 @@ def bake(
             given = _written(base, prompt, given, generate, folder, config.seed, progress)
         examples = _examples(base, prompt, given, config, pins, contexts, folder, progress, runs)
         trained = train(base, config, *examples, folder, progress, runs)
-        kl = [row["held_out_kl"] for row in trained.metrics if row["step"] in (0, trained.step)]
-        delta = hosts.fetch(trained.delta)
-        card = make_card(
-            base, delta, name=name or (folder.name if folder else "bake"), prompt=prompt,
-            config=recipe or config, seeds={"bake": config.seed},
-            metrics={
-                "held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step,
-                "useful_fraction": trained.useful_fraction,
-            },
-            environment=runs.environment, resumes=runs.resumes,
-        )  # fmt: skip
-        if folder:
-            save_delta(delta, card, folder / layout.DELTA)
+        name = name or (folder.name if folder else "bake")
+        return _result(base, prompt, config, trained, runs, name, recipe, output)
+
+
+def _identity(base: Base, prompt: str, given, generate, pins, contexts: Contexts, config: BakeConfig) -> dict[str, Any]:
+    """What makes a bake this one and no other."""
+    return {
+        "prompt": sha256(prompt),
+        "base": base.digest,
+        "template": template_hash(base.tokenizer),
+        "stimuli": sha256(json.dumps(given)),
+        "generate": asdict(generate) if generate else None,
+        "pins": sha256(json.dumps(list(pins))),
+        "contexts": sha256(json.dumps([[text, list(turns)] for text, turns in contexts])),
+        "config": _decisive(config),
+    }
+
+
+def _result(
+    base: Base,
+    prompt: str,
+    config: BakeConfig,
+    trained: Trained,
+    runs: Runs,
+    name: str,
+    recipe: Any,
+    output: str | AnyPath | None,
+) -> BakeResult:
+    """What a bake came to, with its card; written where there is an output folder."""
+    kl = [row["held_out_kl"] for row in trained.metrics if row["step"] in (0, trained.step)]
+    delta = hosts.fetch(trained.delta)
+    card = make_card(
+        base, delta, name=name, prompt=prompt, config=recipe or config, seeds={"bake": config.seed},
+        metrics={
+            "held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step,
+            "useful_fraction": trained.useful_fraction,
+        },
+        environment=runs.environment, resumes=runs.resumes,
+    )  # fmt: skip
+    if output:
+        save_delta(delta, card, absolute(output) / layout.DELTA)
     return BakeResult(trained.delta, card, trained.metrics, kl[0], kl[-1], output and as_path(output))
 
 

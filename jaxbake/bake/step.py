@@ -98,7 +98,7 @@ def state_axes(state: BakeState, config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(axes, state)
 
 
-def _divergence(student_BKD, params, targets: Targets | None, batch: Batch, config: ModelConfig, loss):
+def divergence_sum(student_BKD, params, targets: Targets | None, batch: Batch, config: ModelConfig, loss):
     """(sum, count) over the matched tokens; cross-entropy has no teacher."""
     if targets is None:
         targets = Targets(None, None, None)
@@ -160,7 +160,7 @@ def make_bake_step(
         delta = delta.replace(factors=factors, scale=jax.lax.stop_gradient(delta.scale))
         targets = targets_of(params, batch, prefix, hidden)
         student = hidden_at(params, delta, batch.student, config=model_config, remat=train.remat)
-        return _divergence(student, params, targets, batch, model_config, loss_config)
+        return divergence_sum(student, params, targets, batch, model_config, loss_config)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 

@@ -18,7 +18,7 @@ from jaxbake.errors import JaxbakeError, PeerLost, Preempted
 PREEMPTED, PEER_LOST = 75, 69
 """Exit codes beside 0, 2 and 130; `jaxbake.hosts` has the table."""
 
-_RESUMABLE = ("quickstart", "bake")
+_RESUMABLE = ("quickstart", "bake", "bake-many")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 

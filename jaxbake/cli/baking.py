@@ -144,6 +144,49 @@ def _bake(path: Path, overrides: list[str], output: str | None, as_json: bool, *
     show.console().print(summary)
 
 
+@app.command("bake-many")
+def bake_many(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes in YAML, all for one model.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; may be given often."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to hold a folder for each. [default: the recipes']")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bake the prompts of several recipes at once: trained together, one pass over the model serves them all.
+
+    Each comes out as **jaxbake bake** makes it alone, in a folder of its own by its name. Prompts, stimuli, ranks,
+    learning rates, steps and seeds may differ; the model and the loss must be the same. A bake that diverges does not
+    touch the others. What is finished is left as it is, and the same command continues what was interrupted.
+
+    Examples:
+
+      jaxbake bake-many prompts/*.yaml
+
+      jaxbake bake-many configs/persona.yaml configs/facts.yaml --set bake.train.steps=100 --output runs/two
+    """
+    from jaxbake.recipe import load_recipe
+
+    loaded = [(load_recipe(path, overrides or []), path.parent) for path in recipes]
+    from jaxbake import hosts
+
+    hosts.start()
+    from jaxbake.run import run_recipes
+
+    with show.Bars() as progress:
+        outcomes = run_recipes(loaded, output, progress)
+    if as_json:
+        show.print_json([outcome.to_dict() for outcome in outcomes])
+        return
+    for outcome in outcomes:
+        if outcome.reused:
+            show.note(f"{outcome.output} already holds this bake, finished; delete the folder to make it anew.")
+        show.console().print(outcome)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="A bake's output folder, or a model: crumb, a folder, a hub name.")],

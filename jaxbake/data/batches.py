@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import flax.struct
@@ -295,6 +296,28 @@ class Batches:
                 t = _place(teacher, self._teacher, i, b, t, segment)
                 k = out.stop
         return Batch(student, teacher, targets, weights, source)
+
+
+def alike(group: Sequence[Batches]) -> list[Batches]:
+    """The same batches of several bakes, packed into rows of the same lengths: those of one step differ in rows only.
+
+    All share one choice of `shapes`, made for the member that needs most rows at a step.
+    """
+    usual = [batches.shapes[0] for batches in group]
+    lengths = Shape(0, *(max(getattr(s, side) for s in usual) for side in ("student", "teacher", "matched")))
+    rows = sorted(max(len(b._pack(b.chosen(step), lengths)) for b in group) for step in range(_PREVIEW))
+    largest = max(group, key=lambda batches: batches.batch_size)
+
+    def cost(shapes: tuple[Shape, ...]) -> float:
+        used = [Batches._fit(shapes, n) for n in rows]
+        return sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
+
+    tried = [replace(lengths, rows=largest._round(n)) for n in sorted(set(rows[len(rows) // 2 :]))]
+    shapes = min(map(largest._with_overflow, tried), key=cost)
+    packed = [copy(batches) for batches in group]
+    for batches in packed:
+        batches._shapes = shapes
+    return packed
 
 
 def _cost(shape: Shape) -> float:

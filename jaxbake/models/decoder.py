@@ -178,6 +178,9 @@ def forward_kv(
         "rope": jnp.asarray(config.layer_rope or (0,) * config.num_layers, jnp.int32),
     }
     scale = None if delta is None else delta.scale
+    rows = getattr(delta, "rows", None)  # which of several deltas each row takes (`deltas.many.Deltas`)
+    if rows is not None:
+        scale = scale[rows]
     memory = {}
     if prefix is not None:
         memory["prefix"] = (prefix.k, prefix.v)
@@ -188,6 +191,8 @@ def forward_kv(
         layer, factors, info, memory = xs
         if not still:
             layer, factors = whole_layer(layer, factors, config, mesh)
+        if rows is not None:
+            factors = jax.tree.map(lambda f: f[rows], factors)
 
         def norm(y, name):
             return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
@@ -221,7 +226,7 @@ def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfi
 
     Args:
       params: the base, a tree as `models.spec.param_specs` describes.
-      delta: a `deltas.lora.Delta`, or None for the base alone.
+      delta: a `deltas.lora.Delta`, or None for the base alone; a `deltas.many.Deltas` for a delta of its own a row.
       tokens_BT: int32 [B, T].
       positions: int32 [B, T]; by default counted inside each segment, after the visible prefix.
       segment_ids: int32 [B, T]; tokens see only their own segment; 0 marks padding. By default one segment a row.

@@ -92,13 +92,14 @@ def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, 
 
     Args:
       layer: parameters of one block; `layer[slot]` is [I, O], `layer[slot + "_bias"]` [O] where the model has one.
-      delta: factors of one block, `delta[slot] = {"a": [I, R], "b": [R, O]}`, or None.
-      scale: float32 scalar, alpha / rank times strength.
+      delta: factors of one block, `delta[slot] = {"a": [I, R], "b": [R, O]}`, or None. Of M deltas at once,
+        [M, I, R] and [M, R, O]: the rows B are M equal groups, in order, and each group has its own (M = B: each row).
+      scale: float32 scalar, alpha / rank times strength; [M] of M deltas.
     """
     dtype = x_BTI.dtype
     weight, bias = layer[slot].astype(dtype), layer.get(f"{slot}_bias")
     factors = None if delta is None else delta.get(slot)
-    merges = factors is not None and _merges(x_BTI, weight)
+    merges = factors is not None and factors["a"].ndim == 2 and _merges(x_BTI, weight)
     if merges:
         a, b = (factors[name].astype(dtype) for name in ("a", "b"))
         y = _merged_linear(x_BTI.reshape(-1, x_BTI.shape[-1]), weight, a, b, scale).reshape(*x_BTI.shape[:2], -1)
@@ -107,6 +108,11 @@ def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, 
     if bias is not None:
         y = y + bias.astype(dtype)
     if factors is not None and not merges:
-        low = einsum("bti,ir->btr", x_BTI, factors["a"].astype(dtype)).astype(dtype)
-        y = y + (scale * einsum("btr,ro->bto", low, factors["b"].astype(dtype))).astype(dtype)
+        a, b = factors["a"].astype(dtype), factors["b"].astype(dtype)
+        if a.ndim == 2:
+            low = einsum("bti,ir->btr", x_BTI, a).astype(dtype)
+            y = y + (scale * einsum("btr,ro->bto", low, b)).astype(dtype)
+        else:  # one product a delta over all tokens of its rows
+            low = einsum("mni,mir->mnr", x_BTI.reshape(a.shape[0], -1, a.shape[1]), a).astype(dtype)
+            y = y + (scale[:, None, None] * einsum("mnr,mro->mno", low, b)).astype(dtype).reshape(y.shape)
     return checkpoint_name(y, LINEAR)

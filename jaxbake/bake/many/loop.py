@@ -1,0 +1,188 @@
+"""Many bakes at once: several prompts into deltas of their own, trained in one step over one base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxbake.bake import folder as layout
+from jaxbake.bake.folder import claim
+from jaxbake.bake.loop import BakeResult, _check, _examples, _finished, _given, _identity, _result, _written
+from jaxbake.bake.many.train import Member, check_alike, train_many
+from jaxbake.bake.others import Contexts, contexts_for, pins_for
+from jaxbake.bake.progress import Progress, silent
+from jaxbake.bake.train import Trained
+from jaxbake.bakery.card import sha256
+from jaxbake.config import BakeConfig, StimuliConfig
+from jaxbake.errors import JaxbakeError, TrainingDiverged
+from jaxbake.files import read_json, write_whole
+from jaxbake.models.base import Base
+
+STATES, GROUP = ".many", "group.json"
+"""Where the states of unfinished groups lie, in the folder that holds the members' own; and whose they are."""
+
+
+@dataclass(frozen=True)
+class BakeSpec:
+    """One of several bakes: the arguments that `jaxbake.bake` takes for it, and a name, which is its folder's too."""
+
+    name: str
+    prompt: str
+    stimuli: Sequence[str] | StimuliConfig
+    config: BakeConfig = BakeConfig()
+    pins: Sequence[str] | None = None
+    contexts: Contexts | None = None
+    recipe: dict[str, Any] | None = None
+    root: str | Path = "."
+
+
+def bake_many(
+    base: Base,
+    bakes: Sequence[BakeSpec],
+    output: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> list[BakeResult]:
+    """Bakes several prompts at once, each into a delta of its own: one pass over the base serves them all.
+
+    Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss must
+    be the same. Each result equals that of `jaxbake.bake` with the same arguments up to rounding: its own batches,
+    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others.
+
+    Args:
+      base: what `jaxbake.load` gives.
+      bakes: at least one; their names must differ.
+      output: a folder to hold one for each bake, by name, as `jaxbake.bake` writes it. The same call with the same
+        folder continues what was interrupted, bitwise; bakes that are finished are returned as they are, whoever made
+        them. None writes nothing.
+      progress: called as work advances; "sample" counts bakes.
+
+    Returns the results in the order of `bakes`.
+
+    Raises:
+      JaxbakeError: as `jaxbake.bake`, naming the bake.
+      TrainingDiverged: once all others are finished, where a loss was not finite; `results` holds the others (None for
+        those that diverged), `deltas` the last good delta of each that diverged, by name (where it did so before an
+        interruption: its state is in its folder's checkpoints).
+    """
+    progress = progress or silent
+    _check_names(bakes)
+    if jax.process_count() > 1:
+        raise JaxbakeError("bake_many: runs in one process; on several, bake the prompts one by one")
+    results: list[BakeResult | None] = [None] * len(bakes)
+    failed: dict[str, TrainingDiverged] = {}
+    with ExitStack() as scratch:
+        prepared = [_prepare(base, bake, scratch, output) for bake in bakes]
+        for i, one in enumerate(prepared):
+            if (one.folder / layout.DELTA).is_dir():
+                results[i] = _finished(one.folder, base)
+        keys = [sha256(json.dumps([bake.name, one.identity])) for bake, one in zip(bakes, prepared, strict=True)]
+        unfinished = [i for i, result in enumerate(results) if result is None]
+        group, states = _group(keys, unfinished, None if output is None else Path(output) / STATES)
+        members = []
+        for done, i in enumerate(group):
+            members.append(_member(base, bakes[i], prepared[i], progress if len(group) == 1 else silent, output))
+            progress("sample", done + 1, len(group), {})
+
+        def ended(m: int, what: Trained | TrainingDiverged) -> None:
+            i = group[m]
+            if isinstance(what, TrainingDiverged):
+                failed[bakes[i].name] = what
+            elif results[i] is None:
+                one = prepared[i]
+                results[i] = _result(
+                    base, one.prompt, bakes[i].config, what, bakes[i].name, bakes[i].recipe, output and one.folder
+                )
+
+        if group:
+            told = [m for m, i in enumerate(group) if results[i] is not None]
+            train_many(base, members, states and states / layout.CHECKPOINTS, progress, ended, told)
+    if failed:
+        error = TrainingDiverged("; ".join(f"{name}: {what}" for name, what in failed.items()))
+        error.results, error.deltas = results, {name: getattr(what, "delta", None) for name, what in failed.items()}
+        raise error
+    if states is not None:
+        shutil.rmtree(states, ignore_errors=True)  # all its deltas are written
+        if states.parent.is_dir() and not any(states.parent.iterdir()):
+            states.parent.rmdir()
+    return results
+
+
+def _group(keys: list[str], unfinished: list[int], root: Path | None) -> tuple[list[int], Path | None]:
+    """Which bakes to train together, and where their states lie.
+
+    A group that was interrupted goes on with its own members, finished ones among them, for its states are theirs;
+    otherwise those that are not finished make a new one.
+    """
+    if not unfinished or root is None:
+        return unfinished, None
+    for file in sorted(root.glob(f"*/{GROUP}")):
+        members = read_json(file).get("members", [])
+        if set(members) <= set(keys) and {keys[i] for i in unfinished} <= set(members):
+            return [keys.index(key) for key in members], file.parent
+    members = [keys[i] for i in unfinished]
+    folder = root / sha256(json.dumps(members))[:16]
+    write_whole(folder / GROUP, json.dumps({"members": members}, indent=2) + "\n")
+    return unfinished, folder
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    prompt: str
+    given: list[str]
+    generate: Any
+    pins: Sequence[str]
+    contexts: Contexts
+    identity: dict[str, Any]
+    folder: Path
+
+
+def _check_names(bakes: Sequence[BakeSpec]) -> None:
+    if not bakes:
+        raise JaxbakeError("bake_many: there is nothing to bake; give at least one BakeSpec")
+    names = [bake.name for bake in bakes]
+    for name in names:
+        if not name.strip() or {"/", "\\"} & set(name) or name.startswith("."):
+            raise JaxbakeError(f"bake_many: name '{name}' is not fit for a folder")
+        if names.count(name) > 1:
+            raise JaxbakeError(f"bake_many: '{name}' is there {names.count(name)} times; each needs a name of its own")
+    check_alike(bakes)
+
+
+def _prepare(base: Base, bake: BakeSpec, scratch: ExitStack, output: str | Path | None) -> _Prepared:
+    """Everything that can be wrong about a bake, before any work is done; its folder is its own from then on."""
+    root = Path(bake.root)
+    try:
+        prompt = _check(base, bake.prompt, bake.config)
+        given, generate = _given(bake.stimuli, root)
+        pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
+        contexts = contexts_for(base, prompt, bake.config, root) if bake.contexts is None else bake.contexts
+        identity = _identity(base, prompt, given, generate, pins, contexts, bake.config)
+        if output is None:
+            folder = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = Path(output) / bake.name
+        claim(folder, identity)
+    except JaxbakeError as error:
+        raise JaxbakeError(f"{bake.name}: {error}") from error
+    return _Prepared(prompt, given, generate, pins, contexts, identity, folder)
+
+
+def _member(base: Base, bake: BakeSpec, one: _Prepared, progress: Progress, output: Any) -> Member:
+    """The bake's examples, from responses that are sampled now or already there."""
+    try:
+        given = one.given
+        if one.generate:
+            given = _written(base, one.prompt, given, one.generate, one.folder, bake.config.seed, progress)
+        examples = _examples(base, one.prompt, given, bake.config, one.pins, one.contexts, one.folder, progress)
+    except JaxbakeError as error:
+        raise JaxbakeError(f"{bake.name}: {error}") from error
+    return Member(bake.name, bake.config, *examples, None if output is None else one.folder)

@@ -1,0 +1,230 @@
+"""One jitted step of many bakes: one pass over the base for all rows, each member's own loss, clip and update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxbake.bake.step import BakeState, divergence_sum, init_state, learning_rate
+from jaxbake.bake.teacher import Targets, hidden_at
+from jaxbake.config import BakeConfig, LossConfig
+from jaxbake.data.batches import Batch
+from jaxbake.deltas.lora import Delta
+from jaxbake.deltas.many import Deltas, cut, one_of, stack
+from jaxbake.models.decoder import unembedding
+from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import fused_metrics
+
+
+@flax.struct.dataclass
+class Hyper:
+    """The optimizer's settings, one a member: rates float32 [M, steps], the others float32 [M]."""
+
+    rates: jax.Array
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    weight_decay: jax.Array
+    clip_norm: jax.Array
+
+
+def hyper(configs: Sequence[BakeConfig]) -> Hyper:
+    """The members' settings as arrays; rates after a member's last step are 0."""
+    most = max(config.train.steps for config in configs)
+    rates = np.zeros((len(configs), most), np.float32)
+    for row, config in zip(rates, configs, strict=True):
+        schedule = learning_rate(config.optimizer, config.train.steps)
+        row[: config.train.steps] = schedule(jnp.arange(config.train.steps))
+    optimizers = [config.optimizer for config in configs]
+
+    def column(name: str, none: float = 0.0) -> jax.Array:
+        found = [getattr(optimizer, name) for optimizer in optimizers]
+        return jnp.asarray([none if value is None else value for value in found], jnp.float32)
+
+    return Hyper(
+        jnp.asarray(rates), column("b1"), column("b2"), column("eps"), column("weight_decay"),
+        column("clip_norm", none=jnp.inf),
+    )  # fmt: skip
+
+
+def _optimizer(member: Hyper) -> optax.GradientTransformation:
+    """`step.make_optimizer` with settings that are traced; the same form of state."""
+    return optax.chain(
+        optax.clip_by_global_norm(member.clip_norm),
+        optax.scale_by_adam(member.b1, member.b2, member.eps),
+        optax.add_decayed_weights(member.weight_decay),
+        optax.scale_by_learning_rate(lambda count: member.rates[jnp.minimum(count, member.rates.size - 1)]),
+    )
+
+
+def _member_axis(tree: Any) -> Any:
+    """Where the members stand in each stacked leaf, for `jax.vmap`: after the layers in factors, in front elsewhere."""
+    return jax.tree.map(lambda x: 1 if x.ndim > 2 else 0, tree)
+
+
+def init_states(model_config: ModelConfig, configs: Sequence[BakeConfig]) -> BakeState:
+    """The members' states as one: every delta as its own bake would begin.
+
+    Leaves have a leading axis [M], factors and moments [L, M, ...]; `delta` is a `Deltas`. Raises JaxbakeError for a
+    rank or target the model cannot take.
+    """
+    # Nothing else of the settings has an influence, and so each kind of delta is compiled once.
+    starts = [init_state(jax.random.key(c.seed), model_config, BakeConfig(lora=c.lora)) for c in configs]
+    deltas = stack([start.delta for start in starts])
+    zeros = jax.tree.map(jnp.zeros_like, deltas.factors)
+    count = jnp.zeros(len(configs), jnp.int32)
+    adam = optax.ScaleByAdamState(count, zeros, jax.tree.map(jnp.copy, zeros))
+    return BakeState(
+        step=jnp.zeros_like(count),
+        delta=deltas,
+        opt_state=(optax.EmptyState(), adam, optax.EmptyState(), optax.ScaleByScheduleState(jnp.zeros_like(count))),
+        key=jnp.stack([start.key for start in starts]),
+        good=jnp.ones(len(configs), bool),
+    )
+
+
+def member_state(state: BakeState, m: int, delta: Delta) -> BakeState:
+    """Member m's state as its own bake would hold it; `delta` is one of its rank and slots."""
+    slots, rank = tuple(delta.factors), delta.config.rank
+    clip, adam, decay, schedule = state.opt_state
+    adam = optax.ScaleByAdamState(adam.count[m], cut(adam.mu, m, rank, slots), cut(adam.nu, m, rank, slots))
+    return BakeState(
+        step=state.step[m],
+        delta=one_of(state.delta, m, delta.config, slots),
+        opt_state=(clip, adam, decay, optax.ScaleByScheduleState(schedule.count[m])),
+        key=state.key[m],
+        good=state.good[m],
+    )
+
+
+def keep(tree: Any, members: Sequence[int]) -> Any:
+    """The stacked tree with these members only."""
+    at = np.asarray(members)
+    return jax.tree.map(lambda x: x[:, at] if x.ndim > 2 else x[at], tree)
+
+
+def _by_member(x: jax.Array, count: int) -> jax.Array:
+    return x.reshape(count, -1).sum(axis=1)
+
+
+def _parts(tree: Any, members: int, parts: int) -> Any:
+    """Rows [M * B, ...] -> [parts, M * B / parts, ...], with as many rows of every member in each part."""
+
+    def split(x):
+        x = x.reshape(members, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
+
+
+def make_many_step(
+    model_config: ModelConfig, loss_config: LossConfig, *, accumulate: int = 1, remat: bool = False
+) -> Callable[..., tuple[BakeState, dict[str, jax.Array]]]:
+    """The step `(state, hyper, active, params, batch, teacher_hidden) -> (state, metrics)`, jitted, state donated.
+
+    Args (of the step):
+      state: of M members, as `init_states` gives it.
+      active: bool [M]; the others are left as they are.
+      params: the base, a traced argument; never differentiated, never copied.
+      batch: M * B rows, B of each member in order; only its student view is looked at.
+      teacher_hidden: [M * B, K, D], None for cross-entropy.
+
+    Each member's gradient is the sum over its matched tokens divided by their weight; its norm is clipped and its delta
+    updated as `make_bake_step` does alone. A member whose loss or gradient is not finite keeps its state, and none
+    other is touched. Metrics: as there, float32 [M].
+    """
+
+    def loss_sum(factors, weights, delta, params, batch, hidden):
+        delta = Deltas(factors, jax.lax.stop_gradient(delta.scale))
+        student = hidden_at(params, delta, batch.student, config=model_config, remat=remat)
+        targets = None if hidden is None else Targets(hidden, None, model_config.logit_softcap)
+        batch = batch.replace(weights=weights)
+        return divergence_sum(student, params, targets, batch, model_config, loss_config)[0]
+
+    # The members share no parameter, so the gradient of the sum over all is each one's own; and the derivative by a
+    # token's weight is that token's loss, from which each one's loss follows.
+    gradient = jax.grad(loss_sum, argnums=(0, 1))
+
+    def accumulated(delta, params, batch, hidden):
+        def one(batch, hidden):
+            grads, per_token = gradient(delta.factors, batch.weights, delta, params, batch, hidden)
+            weighted = jnp.where(batch.weights != 0, batch.weights * per_token, 0)
+            return _by_member(weighted, delta.count), _by_member(batch.weights, delta.count), grads
+
+        if accumulate == 1:
+            return one(batch, hidden)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, one(*part)), None
+
+        zero = jnp.zeros(delta.count, jnp.float32)
+        start = zero, zero, jax.tree.map(jnp.zeros_like, delta.factors)
+        return jax.lax.scan(add, start, _parts((batch, hidden), delta.count, accumulate))[0]
+
+    def step(state: BakeState, hyper: Hyper, active, params, batch: Batch, teacher_hidden=None):
+        delta = state.delta
+        total, count, grads = accumulated(delta, params, batch.replace(teacher=None), teacher_hidden)
+        count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
+
+        def update(hyper, count, grads, opt_state, factors):
+            grads = jax.tree.map(lambda g: g / count, grads)
+            updates, opt_state = _optimizer(hyper).update(grads, opt_state, factors)
+            norms = optax.tree.norm(grads), optax.tree.norm(updates)
+            return optax.apply_updates(factors, updates), opt_state, norms
+
+        axes = _member_axis((grads, state.opt_state, delta.factors))
+        factors, opt_state, (grad_norm, update_norm) = jax.vmap(
+            update, in_axes=(0, 0, *axes), out_axes=(axes[2], axes[1], 0)
+        )(hyper, count, grads, state.opt_state, delta.factors)
+        loss = total / count
+        good = state.good & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def settled(new, old):
+            chosen = good & active
+            return jnp.where(chosen.reshape((1, -1, 1, 1) if new.ndim > 2 else (-1,)), new, old)
+
+        new = state.replace(step=state.step + 1, delta=delta.replace(factors=factors), opt_state=opt_state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+            "learning_rate": jax.vmap(lambda rates, n: rates[n])(hyper.rates, state.step),
+            "tokens": count,
+        }
+        kept = jax.tree.map(settled, new.replace(key=None, good=None), state.replace(key=None, good=None))
+        kept = kept.replace(key=state.key, good=jnp.where(active, good, state.good))
+        return kept, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_many_eval(model_config: ModelConfig, loss_config: LossConfig) -> Callable[..., tuple[jax.Array, ...]]:
+    """`evaluate(delta, params, batch, teacher_hidden) -> (sum, count, agreement)`, float32 [M] each, jitted.
+
+    As `step.make_eval_step` gives them alone; batch as in `make_many_step`.
+    """
+
+    @jax.jit
+    def evaluate(delta: Deltas, params, batch: Batch, teacher_hidden):
+        student = hidden_at(params, delta, batch.student, config=model_config)
+
+        def sums(weights):
+            found = fused_metrics(
+                student, unembedding(params), teacher_hidden, None, weights, softcap=model_config.logit_softcap,
+                chunk_size=loss_config.chunk_size,
+            )  # fmt: skip
+            return found["kl"], found["agreement"]
+
+        _, pull = jax.vjp(sums, batch.weights)  # by a token's weight: that token's own value
+        by_member = partial(_by_member, count=delta.count)
+        kl, agreement = (pull((jnp.float32(i == 0), jnp.float32(i == 1)))[0] for i in range(2))
+        return by_member(batch.weights * kl), by_member(batch.weights), by_member(batch.weights * agreement)
+
+    return evaluate

@@ -1,0 +1,219 @@
+"""Many bakes in one step: each comes out as it does alone, whatever the others do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_base as tiny
+
+from jaxbake.bake.checkpoint import Checkpoints
+from jaxbake.bake.folder import read_metrics
+from jaxbake.bake.many.loop import BakeSpec, bake_many
+from jaxbake.bake.many.step import hyper, init_states, make_many_step
+from jaxbake.bakery.store import load_delta
+from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
+from jaxbake.data.batches import Batch, View
+from jaxbake.deltas.lora import Delta, delta_digest, init_delta
+from jaxbake.deltas.many import for_rows, one_of, stack
+from jaxbake.errors import JaxbakeError, TrainingDiverged
+from jaxbake.models.decoder import forward
+from jaxbake.models.spec import ModelConfig, init_params
+
+COOK = replace(
+    tiny.with_train(steps=16, batch_size=6, checkpoint_every=8),
+    lora=LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "up_proj")),
+    optimizer=OptimizerConfig(learning_rate=3e-3, clip_norm=None, decay="cosine", weight_decay=0.1),
+    seed=3,
+)
+PATIENT = replace(
+    tiny.with_train(patience=2, eval_every=2),
+    optimizer=OptimizerConfig(learning_rate=3.0, warmup=0),
+)
+WILD = replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=1e30, warmup=0, clip_norm=None))
+MEMBERS = {
+    "sailor": (tiny.PROMPT, tiny.CONFIG),
+    "cook": ("You are a cook. Name a dish in every answer.", COOK),
+    "wild": (tiny.PROMPT, WILD),
+    "patient": ("Be patient.", PATIENT),
+}
+SPECS = [
+    BakeSpec(name, prompt, tiny.STIMULI, config, pins=tiny.PINS, contexts=tiny.CONTEXTS)
+    for name, (prompt, config) in MEMBERS.items()
+]
+
+
+def run(output=None, specs=SPECS, **options):
+    """The results by name, and the error of those that diverged."""
+    try:
+        results, error = bake_many(tiny.tiny_base(), specs, output, **options), None
+    except TrainingDiverged as raised:
+        results, error = raised.results, raised
+    return dict(zip((spec.name for spec in specs), results, strict=True)), error
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    return *run(folder), folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same bakes, one by one."""
+    return {
+        name: tiny.tiny_bake(None, config, prompt=prompt) for name, (prompt, config) in MEMBERS.items() if name != "wild"
+    }
+
+
+@pytest.mark.parametrize("name", ["sailor", "cook", "patient"])
+def test_each_comes_out_as_it_does_alone(together, alone, name):
+    got, want = together[0][name], alone[name]
+    assert jax.tree.structure(got.delta) == jax.tree.structure(want.delta)
+    for a, b in zip(jax.tree.leaves(got.delta), jax.tree.leaves(want.delta), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()), rtol=0)
+    assert [row.keys() for row in got.metrics] == [row.keys() for row in want.metrics]
+    for a, b in zip(got.metrics, want.metrics, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5)
+    np.testing.assert_allclose([got.kl_before, got.kl_after], [want.kl_before, want.kl_after], rtol=1e-5)
+    assert got.card.metrics["steps"] == want.card.metrics["steps"]
+
+
+def test_each_has_a_folder_as_a_single_bake(together):
+    results, _, folder = together
+    for name in ("sailor", "cook", "patient"):
+        delta, card = load_delta(folder / name, tiny.tiny_base())
+        assert card.name == name and delta_digest(delta) == delta_digest(results[name].delta)
+        assert read_metrics(folder / name / "metrics.jsonl") == results[name].metrics
+    assert results["cook"].card.config["optimizer"]["learning_rate"] == 3e-3
+    assert tiny.tiny_bake(folder / "sailor").reused
+
+
+def test_the_one_that_diverges_is_named_and_keeps_its_last_good_state(together):
+    results, error, folder = together
+    assert results["wild"] is None and list(error.deltas) == ["wild"]
+    assert re.search(r"^wild: step \d+: the loss is", str(error))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(error.deltas["wild"].factors))
+    last = read_metrics(folder / "wild" / "metrics.jsonl")[-1]["step"]
+    with Checkpoints(folder / "wild" / "checkpoints") as checkpoints:
+        assert checkpoints.latest == last
+    assert not (folder / "wild" / "delta").exists()
+
+
+def test_interrupted_and_run_again_it_ends_bitwise_the_same(together, tmp_path):
+    results, _, folder = together
+
+    def stop_at(step):
+        def progress(stage, done, total, info):
+            if stage == "bake" and done == step:
+                raise KeyboardInterrupt
+
+        return progress
+
+    for step in (3, 15, 21):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, progress=stop_at(step))
+    finished = [name for name in MEMBERS if (tmp_path / name / "delta").exists()]
+    assert finished == ["cook", "patient"], "the moments of interruption should see some ended, others not"
+    again, error = run(tmp_path)
+    assert error is not None and again["wild"] is None
+    for name in ("sailor", "cook", "patient"):
+        assert again[name].reused == (name != "sailor")
+        assert delta_digest(again[name].delta) == delta_digest(results[name].delta)
+        assert again[name].metrics == results[name].metrics
+        assert read_metrics(tmp_path / name / "metrics.jsonl") == read_metrics(folder / name / "metrics.jsonl")
+
+
+def test_what_is_finished_is_returned_and_leaves_no_states(together, tmp_path):
+    sound = [spec for spec in SPECS if spec.name in ("sailor", "cook")]
+    folder = together[2]
+    results, error = run(folder, sound)
+    assert error is None and all(result.reused for result in results.values())
+    assert results["cook"].metrics == together[0]["cook"].metrics
+
+
+@pytest.mark.parametrize(
+    "specs, named",
+    [
+        ([], "nothing to bake"),
+        ([SPECS[0], SPECS[0]], "'sailor' is there 2 times"),
+        ([replace(SPECS[0], name="a/b")], "'a/b' is not fit"),
+        ([SPECS[0], replace(SPECS[1], config=replace(COOK, loss=LossConfig("reverse")))], "cook: .*same loss"),
+        ([SPECS[0], replace(SPECS[1], prompt=" ")], "cook: prompt"),
+        ([SPECS[0], replace(SPECS[1], config=replace(COOK, lora=LoraConfig(rank=99)))], "cook: lora.rank: 99"),
+    ],
+)
+def test_what_cannot_be_baked_is_named_before_any_work(specs, named, tmp_path):
+    with pytest.raises(JaxbakeError, match=named):
+        run(tmp_path, specs)
+    assert not list(tmp_path.rglob("trajectories"))
+
+
+# The parts
+
+
+def random_deltas(config: ModelConfig) -> list[Delta]:
+    found = []
+    for i, (rank, targets) in enumerate([(4, "all"), (2, ("q_proj", "down_proj")), (3, ("v_proj",))]):
+        delta = init_delta(jax.random.key(i), config, LoraConfig(rank=rank, alpha=2.0 + i, targets=targets))
+        keys = iter(jax.random.split(jax.random.key(10 + i), 20))
+        found.append(jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape) if x.ndim else x, delta))
+    return found
+
+
+def test_rows_take_their_own_delta(tiny_config, tiny_params):
+    deltas = random_deltas(tiny_config)
+    tokens = jax.random.randint(jax.random.key(1), (6, 5), 0, tiny_config.vocab_size)
+    run = jax.jit(forward, static_argnames="config")
+    for which, many in (
+        ([0, 0, 1, 1, 2, 2], stack(deltas)),
+        ([2, 0, 1, 1, 0, 2], for_rows(stack(deltas), jnp.array([2, 0, 1, 1, 0, 2]))),
+    ):
+        together = run(tiny_params, many, tokens, config=tiny_config)
+        for row, m in enumerate(which):
+            single = run(tiny_params, deltas[m], tokens[row : row + 1], config=tiny_config)
+            np.testing.assert_allclose(together[row], single[0], atol=2e-5)
+
+
+def test_a_delta_comes_out_of_the_stack_as_it_went_in(tiny_config):
+    deltas = random_deltas(tiny_config)
+    many = stack(deltas)
+    assert many.count == 3 and many.factors["q_proj"]["a"].shape[1::2] == (3, 4)
+    for m, delta in enumerate(deltas):
+        back = one_of(many, m, delta.config, tuple(delta.factors))
+        assert delta_digest(back) == delta_digest(delta)
+
+
+def test_the_step_reads_the_base_once_for_all_rows():
+    """Every product with a base weight is one, over the rows of all members; and there is no copy a member."""
+    config = ModelConfig(
+        family="llama", vocab_size=101, hidden_size=56, intermediate_size=72, num_layers=2, num_heads=3,
+        num_kv_heads=1, head_dim=16, tie_embeddings=True,
+    )  # fmt: skip
+    members, rows, length, matched = 5, 2, 7, 3
+    configs = [BakeConfig(lora=LoraConfig(rank=2), train=TrainConfig(steps=3), seed=s) for s in range(members)]
+    state, params = init_states(config, configs), init_params(jax.random.key(0), config)
+    n = members * rows
+    tokens = np.ones((n, length), np.int32)
+    index = np.ones((n, matched), np.int32)
+    view = View(tokens=tokens, positions=tokens, segments=tokens, prefix=tokens, index=index)
+    batch = Batch(view, None, targets=index, weights=np.ones((n, matched), np.float32), source=index)
+    hidden = np.ones((n, matched, config.hidden_size), np.float32)
+    step = make_many_step(config, LossConfig())
+    lowered = step.lower(state, hyper(configs), np.ones(members, bool), params, batch, hidden)
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    # A weight of the base, alone [72, 56], would be [5, 72, 56] if each member had its own.
+    for size_in, size_out in ((56, 48), (56, 16), (48, 56), (56, 72), (72, 56)):
+        assert not re.search(rf"f32\[(2,)?{members},{size_in},{size_out}\]", text), "the base is copied for each member"
+    base = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert compiled.memory_analysis().argument_size_in_bytes < 1.05 * base + sum(
+        x.nbytes for x in jax.tree.leaves((state, batch, hidden, hyper(configs)))
+    )
+    # All products with up_proj: forward, and backward to x; each over all tokens at once.
+    products = re.findall(r"dot_general.*?-> tensor<([0-9x]+)x72xf32>", lowered.as_text())
+    assert f"{n}x{length}" in products and not [p for p in products if p in (f"{rows}x{length}", f"{rows * length}")]
