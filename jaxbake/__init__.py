@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # the same names for editors and type checkers
     from jaxbake.bake.loop import BakeResult, bake
     from jaxbake.bake.many.loop import BakeSpec, bake_many
+    from jaxbake.bake.quantisation import QuantisationReport, quantisation_report
     from jaxbake.bake.step import BakeState, make_bake_step, make_eval_step, make_optimizer
     from jaxbake.bakery.card import Card
     from jaxbake.bakery.store import load_delta, save_delta
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
 _MODULES = {
     "bake.loop": "BakeResult",
     "bake.many.loop": "BakeSpec bake_many",
+    "bake.quantisation": "QuantisationReport quantisation_report",
     "bake.step": "BakeState make_bake_step make_eval_step make_optimizer",
     "bakery.card": "Card",
     "bakery.store": "load_delta save_delta",

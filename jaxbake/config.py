@@ -217,11 +217,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bake from start to end, as `configs/*.yaml` hold it. Exactly one of prompt and prompt_file."""
+    """One bake from start to end, as `configs/*.yaml` hold it. Exactly one of prompt and prompt_file.
+
+    quantize: hold the model's linear layers as integers, for large models on small chips; the delta stays float.
+    """
 
     name: str
     model: str = "crumb"
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantize: Literal["int8", "int4"] | None = None
     prompt: str | None = None
     prompt_file: str | None = None
     stimuli: StimuliConfig = StimuliConfig()

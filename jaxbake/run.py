@@ -72,7 +72,8 @@ class Outcome:
     @property
     def next_command(self) -> str:
         """What to try now."""
-        return f"jaxbake chat {shlex.quote(self.recipe.model)} --delta {shlex.quote(str(self.output))}"
+        held = f" --quantize {self.recipe.quantize}" if self.recipe.quantize else ""
+        return f"jaxbake chat {shlex.quote(self.recipe.model)} --delta {shlex.quote(str(self.output))}{held}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -120,7 +121,8 @@ def run_recipe(
     if job.finished:
         return job.finished
     mesh = recipe.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
-    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=recipe.bake.train.batch_size)
+    rows = recipe.bake.train.batch_size
+    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=rows, quantize=recipe.quantize)
     result = bake(
         base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
         recipe=dataclasses.asdict(job.kept), root=root,
@@ -143,7 +145,7 @@ def run_recipes(
     TrainingDiverged at the end where a bake diverged, with all others written.
     """
     progress, started = progress or silent, time.monotonic()
-    for field in ("model", "dtype") + (("output",) if output is None else ()):
+    for field in ("model", "dtype", "quantize") + (("output",) if output is None else ()):
         values = dict.fromkeys(getattr(recipe, field) for recipe, _ in recipes)
         if len(values) > 1:
             raise JaxbakeError(f"{field}: must be the same for bakes of one step, found {', '.join(map(str, values))}")
@@ -152,7 +154,7 @@ def run_recipes(
     jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
     if all(job.finished for job in jobs):
         return [job.finished for job in jobs]
-    base = load(first.model, dtype=first.dtype)
+    base = load(first.model, dtype=first.dtype, quantize=first.quantize)
     specs = [
         BakeSpec(
             job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
@@ -224,6 +226,12 @@ def _write(outcome: Outcome, result: BakeResult, key: str) -> None:
     write_whole(output / RECIPE, dump_recipe(recipe))
     plot(result.metrics, output / PLOT, title=recipe.name)
     notes = [f"Baked with jaxbake into `{recipe.model}`; the settings are in `{RECIPE}`.", f"![loss and KL]({PLOT})"]
+    if recipe.quantize:
+        kl, agreement = (result.card.metrics[f"quantised_{name}"] for name in ("kl", "agreement"))
+        notes.append(
+            f"The model was held as {recipe.quantize}; on the held-out responses that alone moves it by a KL of "
+            f"{kl:.4g} nats a token from the original, with the same most likely token at {100 * agreement:.1f} %."
+        )
     write_whole(output / SUMMARY, report.summary_markdown(recipe.name, outcome.evaluation, notes))
     write_whole(output / EVALUATION, json.dumps({"key": key, **outcome.to_dict()}, indent=2, ensure_ascii=False) + "\n")
 
@@ -240,7 +248,7 @@ def evaluate_folder(
     with local_copy(folder / RECIPE) as file:
         recipe = load_recipe(file)
     items = _items(recipe, folder) if questions is None else load_items(questions, match or recipe.evaluation.match)
-    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh)
+    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, quantize=recipe.quantize)
     delta, _ = load_delta(folder, base)
     return Outcome(recipe, folder, _measure(base, delta, recipe, folder, folder, items, progress or silent))
 

@@ -15,7 +15,7 @@ from jaxbake.recipe import load_recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = [
     "quickstart", "bake", "sample", "chat", "eval", "merge", "export peft", "export merged", "check vllm", "models",
-    "bench step", "bench kl", "bench sample", "bench load", "bench compare", "plan",
+    "bench step", "bench kl", "bench sample", "bench load", "bench compare", "plan", "bake-many", "quantize-report",
 ]  # fmt: skip
 
 
@@ -207,6 +207,34 @@ def test_bake_from_its_own_folder_is_the_same(baked, tmp_path):
 def test_bake_refuses_a_folder_of_another(baked, recipe):
     folder, _ = baked
     assert "another bake" in refused_after_progress("bake", recipe, "--set", "bake.lora.rank=1", "--output", folder)
+
+
+def test_bake_many_writes_each_as_bake_does(baked, recipe, tmp_path):
+    other = recipe.with_name("other.yaml")
+    other.write_text(recipe.read_text().replace("name: tiny", "name: other").replace("rank: 2", "rank: 1"))
+    done = call("bake-many", recipe, other, "--output", tmp_path, "--json")
+    assert [row["name"] for row in json.loads(done.stdout)] == ["tiny", "other"]
+    assert "baking: 2/2" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tiny"]
+    alone = {path.name for path in baked[0].iterdir()} - {"checkpoints"}
+    assert alone <= {path.name for path in (tmp_path / "tiny").iterdir()}
+    single, many = (
+        json.loads((f / "evaluation.json").read_text())["fidelity"]["kl_after"] for f in (baked[0], tmp_path / "tiny")
+    )
+    assert many == pytest.approx(single, rel=1e-4)
+    again = call("bake-many", recipe, other, "--output", tmp_path)
+    assert again.stderr.count("already holds this bake") == 2
+    mixed = recipe.with_name("mixed.yaml")
+    mixed.write_text(recipe.read_text().replace("name: tiny", "name: mixed\nquantize: int8"))
+    assert "quantize: must be the same" in refused("bake-many", recipe, mixed, "--output", tmp_path)
+
+
+def test_bake_over_integers(model, recipe, tmp_path):
+    result = call("bake", recipe, "--set", "quantize=int8", "--output", tmp_path / "q", "--json")
+    assert json.loads(result.stdout)["name"] == "tiny"
+    assert "The model was held as int8" in (tmp_path / "q" / "summary.md").read_text()
+    said = call("sample", model, "--delta", tmp_path / "q", "--quantize", "int8", "--user", "Hi", "--max-tokens", 2)
+    assert said.stdout
 
 
 def refused_after_progress(*args) -> str:

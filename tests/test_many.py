@@ -31,15 +31,14 @@ COOK = replace(
     seed=3,
 )
 PATIENT = replace(
-    tiny.with_train(patience=2, eval_every=2),
-    optimizer=OptimizerConfig(learning_rate=3.0, warmup=0),
+    tiny.with_train(patience=2, eval_every=4), lora=LoraConfig(rank=8, alpha=16.0, rslora=True, targets="all")
 )
-WILD = replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=1e30, warmup=0, clip_norm=None))
+WILD = replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=3e38, warmup=0, clip_norm=None))
 MEMBERS = {
     "sailor": (tiny.PROMPT, tiny.CONFIG),
     "cook": ("You are a cook. Name a dish in every answer.", COOK),
     "wild": (tiny.PROMPT, WILD),
-    "patient": ("Be patient.", PATIENT),
+    "patient": ("Be a king.", PATIENT),
 }
 SPECS = [
     BakeSpec(name, prompt, tiny.STIMULI, config, pins=tiny.PINS, contexts=tiny.CONTEXTS)
@@ -66,7 +65,9 @@ def together(tmp_path_factory):
 def alone():
     """The same bakes, one by one."""
     return {
-        name: tiny.tiny_bake(None, config, prompt=prompt) for name, (prompt, config) in MEMBERS.items() if name != "wild"
+        name: tiny.tiny_bake(None, config, prompt=prompt)
+        for name, (prompt, config) in MEMBERS.items()
+        if name != "wild"
     }
 
 
@@ -75,7 +76,7 @@ def test_each_comes_out_as_it_does_alone(together, alone, name):
     got, want = together[0][name], alone[name]
     assert jax.tree.structure(got.delta) == jax.tree.structure(want.delta)
     for a, b in zip(jax.tree.leaves(got.delta), jax.tree.leaves(want.delta), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()), rtol=0)
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert [row.keys() for row in got.metrics] == [row.keys() for row in want.metrics]
     for a, b in zip(got.metrics, want.metrics, strict=True):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5)
@@ -160,8 +161,9 @@ def random_deltas(config: ModelConfig) -> list[Delta]:
     found = []
     for i, (rank, targets) in enumerate([(4, "all"), (2, ("q_proj", "down_proj")), (3, ("v_proj",))]):
         delta = init_delta(jax.random.key(i), config, LoraConfig(rank=rank, alpha=2.0 + i, targets=targets))
-        keys = iter(jax.random.split(jax.random.key(10 + i), 20))
-        found.append(jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape) if x.ndim else x, delta))
+        random = np.random.default_rng(i)
+        factors = [jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32) for x in jax.tree.leaves(delta.factors)]
+        found.append(delta.replace(factors=jax.tree.unflatten(jax.tree.structure(delta.factors), factors)))
     return found
 
 

@@ -43,10 +43,12 @@ def _struct(shape, dtype, axes, mesh: AnyMesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding(axes, mesh, shape))
 
 
-def params_inputs(config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16) -> Any:
+def params_inputs(
+    config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16, quantize: str | None = None
+) -> Any:
     """The base's parameters."""
-    specs = param_specs(config)
-    return jax.tree.map(lambda p: _struct(p.shape, dtype, p.axes, mesh), specs, is_leaf=is_param)
+    specs = param_specs(config, quantize)
+    return jax.tree.map(lambda p: _struct(p.shape, p.dtype or dtype, p.axes, mesh), specs, is_leaf=is_param)
 
 
 def state_inputs(config: ModelConfig, bake_config: BakeConfig, mesh: AnyMesh | None) -> BakeState:
@@ -87,6 +89,7 @@ def step_inputs(
     prefix_length: int,
     mesh: AnyMesh | None = None,
     dtype=jnp.bfloat16,
+    quantize: str | None = None,
 ) -> StepInputs:
     """The arguments of `make_bake_step`'s step; `mesh` may be abstract, or of devices that are only described:
 
@@ -99,7 +102,7 @@ def step_inputs(
         check(config, mesh)
     return StepInputs(
         state=state_inputs(config, bake_config, mesh),
-        params=params_inputs(config, mesh, dtype),
+        params=params_inputs(config, mesh, dtype, quantize),
         batch=batch_inputs(shape, mesh),
         prefix=prefix_inputs(config, prefix_length, mesh, dtype),
         teacher_hidden=_struct((shape.rows, shape.matched, config.hidden_size), dtype, HIDDEN_AXES, mesh),

@@ -17,6 +17,7 @@ from jaxbake.bake.folder import Runs, claim, read_metrics
 from jaxbake.bake.lock import owned
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
+from jaxbake.bake.quantisation import quantised_kl
 from jaxbake.bake.rollout import collect, write_stimuli
 from jaxbake.bake.train import Trained, train
 from jaxbake.bakery.card import FILE as CARD
@@ -118,7 +119,7 @@ def bake(
         examples = _examples(base, prompt, given, config, pins, contexts, folder, progress, runs)
         trained = train(base, config, *examples, folder, progress, runs)
         name = name or (folder.name if folder else "bake")
-        return _result(base, prompt, config, trained, runs, name, recipe, output)
+        return _result(base, prompt, config, trained, examples[1], runs, name, recipe, output)
 
 
 def _identity(base: Base, prompt: str, given, generate, pins, contexts: Contexts, config: BakeConfig) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def _identity(base: Base, prompt: str, given, generate, pins, contexts: Contexts
     return {
         "prompt": sha256(prompt),
         "base": base.digest,
+        "quantize": base.quantize,
         "template": template_hash(base.tokenizer),
         "stimuli": sha256(json.dumps(given)),
         "generate": asdict(generate) if generate else None,
@@ -140,19 +142,21 @@ def _result(
     prompt: str,
     config: BakeConfig,
     trained: Trained,
+    held_out: Sequence[Example],
     runs: Runs,
     name: str,
     recipe: Any,
     output: str | AnyPath | None,
 ) -> BakeResult:
     """What a bake came to, with its card; written where there is an output folder."""
+    cost = quantised_kl(base, held_out) if base.quantize else {}
     kl = [row["held_out_kl"] for row in trained.metrics if row["step"] in (0, trained.step)]
     delta = hosts.fetch(trained.delta)
     card = make_card(
         base, delta, name=name, prompt=prompt, config=recipe or config, seeds={"bake": config.seed},
         metrics={
             "held_out_kl_before": kl[0], "held_out_kl": kl[-1], "steps": trained.step,
-            "useful_fraction": trained.useful_fraction,
+            "useful_fraction": trained.useful_fraction, **cost,
         },
         environment=runs.environment, resumes=runs.resumes,
     )  # fmt: skip

@@ -19,7 +19,17 @@ _CRUMBS = 600  # turns, and prompts, drawn for crumb
 
 def is_crumb(base: Base) -> bool:
     """Whether this is the model that ships with jaxbake, which makes nothing of plain English."""
-    return base.folder.resolve() == CRUMB.resolve()
+    return _is_crumb(base.folder)
+
+
+def _is_crumb(folder: Path) -> bool:
+    return folder.resolve() == CRUMB.resolve()
+
+
+def default_contexts(folder: Path) -> list[tuple[str, str]]:
+    """Shipped prompts, each with each of its user turns, in the language that the folder's model knows."""
+    contexts = context_prompts(_CRUMBS // 4) if _is_crumb(folder) else load_contexts()
+    return [(text, turn) for text, turns in contexts for turn in turns]
 
 
 def pins_for(base: Base, config: BakeConfig, root: Path) -> Sequence[str]:

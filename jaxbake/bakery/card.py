@@ -27,6 +27,7 @@ class Card:
     """What was baked, into which base, how, and what came of it; plain JSON values only.
 
     base, base_digest: the base as the user named it, and the sha256 of its config and weights.
+    quantize: "int8" or "int4" where the base's linear layers were held so while the delta was trained.
     prompt, prompt_sha256, template_sha256: the baked text, its hash and that of the base's chat template.
     lora: the delta's own settings. config: the whole recipe or bake settings. seeds: every seed by name.
     parent_digest: digest of the delta this one was baked on top of. delta_digest: this delta's.
@@ -46,6 +47,7 @@ class Card:
     config: dict[str, Any] | None = None
     seeds: dict[str, Any] | None = None
     parent_digest: str | None = None
+    quantize: str | None = None
     metrics: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
@@ -110,6 +112,7 @@ class Card:
         rows = [
             ("base", f"`{self.base}`"),
             ("base digest", f"`{self.base_digest}`"),
+            ("base held as", self.quantize),
             ("delta digest", f"`{self.delta_digest}`"),
             ("parent delta", self.parent_digest and f"`{self.parent_digest}`"),
             ("prompt sha256", self.prompt_sha256 and f"`{self.prompt_sha256}`"),
@@ -143,6 +146,7 @@ _TYPES: dict[str, tuple[type, bool]] = {
     "config": (dict, True),
     "seeds": (dict, True),
     "parent_digest": (str, True),
+    "quantize": (str, True),
     "metrics": (dict, True),
     "versions": (dict, True),
     "environment": (dict, True),
@@ -247,6 +251,7 @@ def make_card(
         config=config,
         seeds=seeds,
         parent_digest=delta_digest(parent) if isinstance(parent, Delta) else parent,
+        quantize=base.quantize,
         metrics=metrics,
         versions=versions(),
         environment=environment,

@@ -133,4 +133,11 @@ def main() -> None:
     app()
 
 
-from jaxbake.cli import baking, benching, deltas, planning, talking  # noqa: E402, F401  (each adds its commands to `app`)
+from jaxbake.cli import (  # noqa: E402, F401  (each adds its commands to `app`)
+    baking,
+    benching,
+    deltas,
+    planning,
+    quantising,
+    talking,
+)

@@ -58,6 +58,8 @@ _SHOWN = (
     ("measured_peak_gflops", "machine's measured peak, GFLOP/s", "{:,.0f}"),
     ("share_of_peak_done", "share of it, of what was done", "{:.1%}"),
     ("share_of_peak", "share of it, of what was needed", "{:.1%}"),
+    ("ratio", "times the step of one delta with as many tokens", "{:.2f}"),
+    ("cpu_ratio", "the same in processor time", "{:.2f}"),
     ("useful_fraction", "row tokens that are no padding", "{:.1%}"),
 )
 
@@ -221,6 +223,44 @@ def load(
     from jaxbake.bench.parts import bench_load
 
     _show(bench_load(model, dtype=dtype, steps=steps, warmup=warmup, seed=seed), as_json)
+
+
+@bench.command()
+def many(
+    size: Size = None,
+    config: Config = None,
+    layers: Number = None,
+    hidden: Number = None,
+    heads: Number = None,
+    kv_heads: Number = None,
+    ffn: Number = None,
+    vocab: Number = None,
+    prompt_len: PromptLen = None,
+    question_len: Number = None,
+    response_len: Number = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step of each delta.")] = 1,
+    members: Annotated[int, typer.Option(min=1, help="Deltas trained together.")] = 32,
+    rank: Rank = 16,
+    dtype: Dtype = "float32",
+    steps: Steps = 5,
+    warmup: Warmup = 2,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The step of many bakes together, and the step of one bake over as many tokens, in turn; targets are known.
+
+    Example:
+
+      jaxbake bench many --size M --members 32
+    """
+    model, shape = _shape(
+        config, size, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
+        prompt_len=prompt_len, question_len=question_len, response_len=response_len, batch=batch,
+    )  # fmt: skip
+    from jaxbake.bench.many import bench_many
+
+    options = {"rank": rank, "dtype": dtype, "steps": steps, "warmup": warmup, "seed": seed}
+    _show(bench_many(model, shape, members=members, **options), as_json)
 
 
 @bench.command()

@@ -23,13 +23,16 @@ Mesh = Annotated[
     str | None, typer.Option("--mesh", metavar="AXES", help="Devices to spread over: fsdp=4,tp=2, or auto.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; as stored by default.")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="int8 or int4: hold the linear layers as integers.")]
 
 
-def load_model(model: str, delta: str | None, dtype: str | None = None, mesh: str | None = None):
+def load_model(
+    model: str, delta: str | None, dtype: str | None = None, mesh: str | None = None, quantize: str | None = None
+):
     """The base and, where one is named, its delta."""
     import jaxbake as jb
 
-    base = jb.load(model, dtype=dtype, mesh=mesh)
+    base = jb.load(model, dtype=dtype, mesh=mesh, quantize=quantize)
     return base, None if delta is None else jb.load_delta(delta, base)[0]
 
 
@@ -45,6 +48,7 @@ def sample(
     seed: Seed = 0,
     dtype: Dtype = None,
     mesh: Mesh = None,
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")] = False,
 ) -> None:
     """Answer one message, or several.
@@ -59,7 +63,7 @@ def sample(
     """
     from jaxbake.sampling import sample as draw
 
-    base, change = load_model(model, delta, dtype, mesh)
+    base, change = load_model(model, delta, dtype, mesh, quantize)
     answers = draw(
         base, user, delta=change, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -84,6 +88,7 @@ def chat(
     seed: Seed = 0,
     dtype: Dtype = None,
     mesh: Mesh = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a model, turn by turn; answers appear as they are made.
 
@@ -93,7 +98,7 @@ def chat(
 
       jaxbake chat crumb --delta runs/quickstart
     """
-    base, change = load_model(model, delta, dtype, mesh)
+    base, change = load_model(model, delta, dtype, mesh, quantize)
     from jaxbake.data.chat import has_template
 
     if not has_template(base.tokenizer):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxbake import hosts
 from jaxbake.config import LoraConfig
 from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.models.quantised import Quantised
 from jaxbake.models.spec import ModelConfig, linear_shapes
 
 
@@ -74,9 +75,17 @@ def with_strength(delta: Delta, strength: float) -> Delta:
 
 
 def merge(params: dict, delta: Delta) -> dict:
-    """The base with the delta added into its weights; computed in float32, each weight keeps its dtype."""
+    """The base with the delta added into its weights; computed in float32, each weight keeps its dtype.
+
+    Raises JaxbakeError for quantised weights: rounded to integers again, they would lose most of the delta.
+    """
     layers = dict(params["layers"])
     for slot, factor in delta.factors.items():
+        if isinstance(layers[slot], Quantised):
+            raise JaxbakeError(
+                f"merge: the base is held as {layers[slot].kind}, into which no delta can be added; load it without "
+                "quantize, or write the merged model with save_merged, which reads the original weights"
+            )
         layers[slot] = _merged(layers[slot], factor["a"], factor["b"], delta.scale)
     return {**params, "layers": layers}
 

@@ -62,9 +62,7 @@ def one_of(deltas: Deltas, m: int, like: LoraConfig, slots: Sequence[str]) -> De
 
 def cut(factors: dict, m: int, rank: int, slots: Sequence[str]) -> dict:
     """Delta m's part of stacked factors, or of anything of their form (an optimizer's moments)."""
-    return {
-        slot: {"a": factors[slot]["a"][:, m, :, :rank], "b": factors[slot]["b"][:, m, :rank]} for slot in slots
-    }
+    return {slot: {"a": factors[slot]["a"][:, m, :, :rank], "b": factors[slot]["b"][:, m, :rank]} for slot in slots}
 
 
 def for_rows(deltas: Deltas, rows: jax.Array) -> Deltas:

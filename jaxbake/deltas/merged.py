@@ -47,7 +47,8 @@ def save_merged(
 ) -> AnyPath:
     """Writes base and delta as one model in Hugging Face format, whole or not at all. Returns the folder.
 
-    Of a base on a mesh no more than one tensor at a time is made whole; all processes call it, process 0 writes.
+    Of a base on a mesh no more than one tensor at a time is made whole; all processes call it, process 0 writes. A
+    quantised base is not written: the delta is added to the original weights, read again from the base's folder.
 
     Config, safetensors (sharded with an index where larger), tokenizer, generation settings and a README. Of a
     multimodal base the text part is written, as a model of its own.
@@ -63,6 +64,10 @@ def save_merged(
     hosts.first(lambda: _check_new(path))
     if card is not None and delta is not None and card.delta_digest != delta_digest(delta):
         raise JaxbakeError(f"{path}: the card '{card.name}' is of another delta (`bakery.card.for_delta` adapts one)")
+    if base.quantize:
+        held = base.params["embed_tokens"].dtype
+        params = checkpoint.read_params(Path(base.folder), base.config, held, base.mesh)
+        base = replace(base, params=params, quantize=None)
     as_stored = dtype is None
     dtype = _dtype(base) if as_stored else _known_dtype(dtype)
     params, merged = base.params, set()
@@ -134,6 +139,11 @@ def _readme(base, delta: Delta | None, card, dtype: jnp.dtype) -> str:
         lines += [f"- delta digest: `{delta_digest(delta)}`"] if delta is not None else []
     if delta is not None:
         lines += ["", f"The low-rank delta is merged into the weights: computed in float32, stored as {dtype.name}."]
+        if card is not None and card.quantize:
+            lines += [
+                f"The delta was trained over this base held as {card.quantize}; here it is added to the original",
+                "weights, with which it was not trained: measure the result.",
+            ]
         if dtype.itemsize < 4:
             lines += [
                 f"Storing {dtype.name} rounds: changes smaller than its spacing are lost, so the merged model may",

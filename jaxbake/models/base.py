@@ -16,6 +16,7 @@ from jaxbake.errors import JaxbakeError
 from jaxbake.files import read_json
 from jaxbake.models import checkpoint, families
 from jaxbake.models.decoder import forward, logits_from
+from jaxbake.models.quantised import check_kind
 from jaxbake.models.spec import ModelConfig, is_param, param_specs
 from jaxbake.smallworld import CRUMB
 
@@ -31,6 +32,7 @@ class Base:
     params: as `models.spec.param_specs(config)` describes; tokenizer: a transformers tokenizer, or None.
     digest: sha256 over architecture and weights as stored: deltas name their base by it.
     name: what the user called it; folder: where it was read from.
+    quantize: "int8" or "int4" where the linear layers' weights are held so; the digest is that of the stored weights.
     eos_ids: tokens that end a response; pad_id: the token rows are filled with.
     """
 
@@ -43,10 +45,16 @@ class Base:
     eos_ids: tuple[int, ...]
     pad_id: int
     mesh: jax.sharding.Mesh | None = None
+    quantize: str | None = None
 
 
 def load(
-    name: str | Path, *, dtype: Any = None, mesh: str | jax.sharding.Mesh | None = None, rows: int | None = None
+    name: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: str | jax.sharding.Mesh | None = None,
+    rows: int | None = None,
+    quantize: str | None = None,
 ) -> Base:
     """Loads a model in Hugging Face format.
 
@@ -57,6 +65,9 @@ def load(
       mesh: "fsdp=4,tp=2", "auto", or a device mesh with axes named as in `jaxbake.mesh`; parameters are read straight
         into their shards.
       rows: how many rows are to be computed at once, for "auto".
+      quantize: "int8" or "int4" holds the weights of the linear layers as integers with scales (a fourth or an eighth
+        of float32, a half or a quarter of bfloat16); norms, embeddings and the head stay as `dtype` says. They are
+        rounded while they are read: the float model never exists. `jaxbake.quantisation_report` says what it costs.
 
     Raises JaxbakeError for a folder or hub model that is not there, an unsupported architecture, weights that do not
     fit it or are corrupt, and a mesh that does not divide it.
@@ -66,8 +77,10 @@ def load(
         raise JaxbakeError(f"{folder}: no config.json; a model folder in Hugging Face format has one")
     hf_config = read_json(folder / "config.json")
     config = families.convert(hf_config)
+    if quantize is not None:
+        check_kind(quantize)
     mesh = None if mesh is None else meshes.mesh(mesh, config, rows)
-    params = checkpoint.read_params(folder, config, _dtype(dtype, folder, mesh), mesh)
+    params = checkpoint.read_params(folder, config, parameter_dtype(dtype, folder, mesh), mesh, quantize)
     tokenizer = load_tokenizer(folder)
     generation = folder / "generation_config.json"
     settings = [
@@ -87,6 +100,7 @@ def load(
         eos_ids=eos_ids,
         pad_id=(*pad_ids, *eos_ids, 0)[0],
         mesh=mesh,
+        quantize=quantize,
     )
 
 
@@ -106,7 +120,7 @@ def on_mesh(base: Base, mesh: str | jax.sharding.Mesh | None, rows: int | None =
                 "leave one of them out"
             )
         return base
-    specs = param_specs(base.config)
+    specs = param_specs(base.config, base.quantize)
     params = jax.tree.map(lambda p, x: meshes.put(x, p.axes, mesh), specs, base.params, is_leaf=is_param)
     return replace(base, params=params, mesh=mesh)
 
@@ -170,7 +184,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise JaxbakeError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
 
-def _dtype(asked: Any, folder: Path, mesh: jax.sharding.Mesh | None) -> np.dtype:
+def parameter_dtype(asked: Any, folder: Path, mesh: jax.sharding.Mesh | None) -> np.dtype:
+    """The dtype a model is held in: the one asked for, else as stored, but float32 on CPU."""
     if asked is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         return np.dtype("float32" if platform == "cpu" else checkpoint.stored_dtype(checkpoint.stored_tensors(folder)))

@@ -8,11 +8,11 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from jaxbake import mesh as meshes
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import AnyPath, as_path, is_remote, read_json, upload, write_whole
 from jaxbake.models import families
+from jaxbake.models.quantised import Quantised, quantise
 from jaxbake.models.spec import ModelConfig, Param, is_param, param_specs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,49 +77,96 @@ def stored_dtype(tensors: dict[str, Stored]) -> str:
     return _DTYPES[code]
 
 
-def read_params(folder: Path, config: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """The parameters of a folder as `param_specs(config)` describes them, in `dtype`.
+def read_params(
+    folder: Path, config: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
+) -> dict:
+    """The parameters of a folder as `param_specs(config, quantize)` describes them, in `dtype`.
 
     Every leaf is assembled tensor by tensor in its final layout: beside the model at most one stacked leaf is held.
-    With a mesh, only the slices that this process's devices keep are read. Raises one JaxbakeError that lists
+    With a mesh, only the slices that this process's devices keep are read. To be quantised, a weight is read one layer
+    at a time, whole along its inputs; its floats never exist together. Raises one JaxbakeError that lists
     missing, unexpected and mis-shaped tensors.
     """
-    folder, dtype = Path(folder), np.dtype(dtype)
-    specs = param_specs(config)
-    tensors = {_canonical(name, config): tensor for name, tensor in stored_tensors(folder).items()}
-    _check(folder, config, specs, tensors)
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in {t.path for t in tensors.values()}}
+    dtype = np.dtype(dtype)
+    with _Reader(folder, config) as reader:
 
-        def part(spec: Param, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-            stored = tensors[spec.hf.format(layer=layer)]
-            return files[stored.path].get_slice(stored.name)[index]
-
-        def block(spec: Param, index: tuple[slice, ...]) -> np.ndarray:
-            if spec.axes[0] != "layers":
-                return part(spec, None, index).astype(dtype, copy=False)
-            out = np.empty([bounds.stop - bounds.start for bounds in index], dtype)
-            for i, layer in enumerate(range(index[0].start, index[0].stop)):
-                if spec.transpose:
-                    _transpose(part(spec, layer, index[:0:-1]), out[i])
-                else:
-                    out[i] = part(spec, layer, index[1:])
-            return out
-
-        def leaf(spec: Param) -> jax.Array:
+        def placed(spec: Param, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
             if mesh is None:
-                return jnp.asarray(block(spec, tuple(slice(0, size) for size in spec.shape)))
-            read: dict[tuple, np.ndarray] = {}  # devices that keep the same slice share one reading
+                return jnp.asarray(read(tuple(slice(0, size) for size in spec.shape)))
+            known: dict[tuple, np.ndarray] = {}  # devices that keep the same slice share one reading
 
             def shard(index: tuple[slice, ...]) -> np.ndarray:
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True))
-                if bounds not in read:
-                    read[bounds] = block(spec, tuple(slice(*b) for b in bounds))
-                return read[bounds]
+                if bounds not in known:
+                    known[bounds] = read(tuple(slice(*b) for b in bounds))
+                return known[bounds]
 
             return jax.make_array_from_callback(spec.shape, meshes.sharding(spec.axes, mesh, spec.shape), shard)
 
-        return jax.tree.map(leaf, specs, is_leaf=is_param)
+        def leaf(spec: Param | Quantised) -> jax.Array | Quantised:
+            if isinstance(spec, Param):
+                return placed(spec, lambda index: reader.block(spec, index, dtype))
+
+            @cache
+            def columns(start: int, stop: int) -> Quantised:
+                """All layers' integers and scales for some outputs."""
+                outs = [np.empty((*s.shape[:-1], stop - start), s.dtype) for s in (spec.values, spec.scales)]
+                for layer in range(spec.values.shape[0]):
+                    matrix = reader.part(spec.values, layer, (slice(start, stop), slice(None)))
+                    one = quantise(_transpose(matrix, np.empty(matrix.shape[::-1], np.float32)), quantize)
+                    outs[0][layer], outs[1][layer] = one.values, one.scales
+                return Quantised(*outs)
+
+            def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+                return getattr(columns(index[-1].start, index[-1].stop), name)[(*index[:-1], slice(None))]
+
+            return Quantised(*(placed(getattr(spec, name), partial(read, name)) for name in ("values", "scales")))
+
+        wanted = param_specs(config, quantize)
+        return jax.tree.map(leaf, wanted, is_leaf=lambda x: is_param(x) or isinstance(x, Quantised))
+
+
+def stream_params(folder: Path, config: ModelConfig, dtype) -> Iterator[dict]:
+    """The parameters of a folder piece by piece, in `dtype`: first those outside the layers, then {name: [1, ...]} of
+    one layer after the other. Raises JaxbakeError as `read_params` does."""
+    dtype, specs = np.dtype(dtype), param_specs(config)
+    with _Reader(folder, config) as reader:
+
+        def read(spec: Param, *first: slice) -> jax.Array:
+            rest = (slice(0, size) for size in spec.shape[len(first) :])
+            return jnp.asarray(reader.block(spec, (*first, *rest), dtype))
+
+        yield {name: read(spec) for name, spec in specs.items() if name != "layers"}
+        for layer in range(config.num_layers):
+            yield {name: read(spec, slice(layer, layer + 1)) for name, spec in specs["layers"].items()}
+
+
+class _Reader(ExitStack):
+    """The open files of a model's folder, once their tensors are known to be those of its architecture."""
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        super().__init__()
+        folder = Path(folder)
+        self._tensors = {_canonical(name, config): tensor for name, tensor in stored_tensors(folder).items()}
+        _check(folder, config, param_specs(config), self._tensors)
+        self._files = {path: self.enter_context(_opened(path)) for path in {t.path for t in self._tensors.values()}}
+
+    def part(self, spec: Param, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of one tensor, as it lies in its file."""
+        stored = self._tensors[spec.hf.format(layer=layer)]
+        return self._files[stored.path].get_slice(stored.name)[index]
+
+    def block(self, spec: Param, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """A slice of one parameter, its layers stacked."""
+        if spec.axes[0] != "layers":
+            return self.part(spec, None, index).astype(dtype, copy=False)
+        out = np.empty([bounds.stop - bounds.start for bounds in index], dtype)
+        for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            if spec.transpose:
+                _transpose(self.part(spec, layer, index[:0:-1]), out[i])
+            else:
+                out[i] = self.part(spec, layer, index[1:])
+        return out
 
 
 def write_params(

@@ -142,10 +142,12 @@ def forward_kv(
     prefix_visible: jax.Array | None = None,
     cache: Cache | None = None,
     remat: bool = False,
+    final_norm: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """As `forward`, and the keys and values of these tokens: {"k", "v"} [L, B, T, K, H].
 
     With a cache, the tokens also see the cached tokens of their own row and segment; `append` stores the new ones.
+    Without `final_norm`, the first are what the last layer leaves.
     """
     b, t = tokens_BT.shape
     segments = jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids
@@ -178,9 +180,9 @@ def forward_kv(
         "rope": jnp.asarray(config.layer_rope or (0,) * config.num_layers, jnp.int32),
     }
     scale = None if delta is None else delta.scale
-    rows = getattr(delta, "rows", None)  # which of several deltas each row takes (`deltas.many.Deltas`)
-    if rows is not None:
-        scale = scale[rows]
+    chosen = getattr(delta, "rows", None)  # which of several deltas each row takes (`deltas.many.Deltas`)
+    if chosen is not None:
+        scale = scale[chosen]
     memory = {}
     if prefix is not None:
         memory["prefix"] = (prefix.k, prefix.v)
@@ -191,8 +193,8 @@ def forward_kv(
         layer, factors, info, memory = xs
         if not still:
             layer, factors = whole_layer(layer, factors, config, mesh)
-        if rows is not None:
-            factors = jax.tree.map(lambda f: f[rows], factors)
+        if chosen is not None:
+            factors = jax.tree.map(lambda f: f[chosen], factors)
 
         def norm(y, name):
             return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
@@ -218,7 +220,7 @@ def forward_kv(
     layers = params["layers"], None if delta is None else delta.factors, per_layer, memory
     with in_context(mesh):
         x, kv = jax.lax.scan(_kept(block, remat, mesh), x, layers)
-    return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset), kv
+    return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset) if final_norm else x, kv
 
 
 def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfig, **options) -> jax.Array:

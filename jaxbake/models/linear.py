@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbake.chip import chip
+from jaxbake.models.quantised import Quantised, dequantised, integers
 
 LINEAR = "linear"
 """Name of the results of linear layers, for policies of what to keep for the backward pass."""
@@ -76,35 +77,93 @@ def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())))
 
 
-def _merges(x_BTI: jax.Array, w_IO: jax.Array) -> bool:
+def _merges(x_BTI: jax.Array, w_IO: jax.Array | Quantised) -> bool:
     """Whether to add the factors to the weight rather than their product to the result.
 
     It is faster where tokens are many, on a CPU, which moves less memory for it. In low precision the sum would round
     the delta away.
     """
+    if isinstance(w_IO, Quantised):
+        return False
     tokens = x_BTI.shape[0] * x_BTI.shape[1]
     here = chip()
     return here.platform == "cpu" and here.alone and x_BTI.dtype == jnp.float32 and tokens >= min(w_IO.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantised_product(dtype, x_BTI: jax.Array, weight: Quantised) -> jax.Array:
+    """`x @ W`; int8's scales belong to the outputs and come after the product, int4's to the weight itself."""
+    if weight.kind == "int8":
+        return einsum("bti,io->bto", x_BTI, integers(weight, dtype)) * weight.scales
+    return einsum("bti,io->bto", x_BTI, dequantised(weight, dtype))
+
+
+def _quantised_product_fwd(dtype, x_BTI, weight):
+    return _quantised_product(dtype, x_BTI, weight), weight  # the integers: floats would be kept for every layer
+
+
+def _quantised_product_bwd(dtype, weight, cotangent_BTO):
+    if weight.kind == "int8":
+        scaled, whole = (cotangent_BTO * weight.scales).astype(dtype), integers(weight, dtype)
+    else:
+        scaled, whole = cotangent_BTO.astype(dtype), dequantised(weight, dtype)
+    return einsum("bto,io->bti", scaled, whole).astype(dtype), None
+
+
+_quantised_product.defvjp(_quantised_product_fwd, _quantised_product_bwd)
+
+
+def _product(x_BTI: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
+    if isinstance(weight, Quantised):
+        return _quantised_product(x_BTI.dtype, x_BTI, weight)
+    return einsum("bti,io->bto", x_BTI, weight.astype(x_BTI.dtype))
+
+
+@jax.custom_vjp
+def _many_low_rank(x_MNI: jax.Array, a_MIR: jax.Array, b_MRO: jax.Array) -> jax.Array:
+    """`(x @ A) @ B` of M deltas, each over the tokens of its own rows; accumulated as `einsum` does."""
+    return _many_low_rank_fwd(x_MNI, a_MIR, b_MRO)[0]
+
+
+def _many_low_rank_fwd(x_MNI, a_MIR, b_MRO):
+    low_MNR = einsum("mni,mir->mnr", x_MNI, a_MIR).astype(x_MNI.dtype)
+    return einsum("mnr,mro->mno", low_MNR, b_MRO), (x_MNI, a_MIR, b_MRO, low_MNR)
+
+
+def _many_low_rank_bwd(saved, grad_MNO):
+    x_MNI, a_MIR, b_MRO, low_MNR = saved
+    dtype = x_MNI.dtype
+    grad_MNO = grad_MNO.astype(dtype)
+    grad_low_MNR = einsum("mno,mro->mnr", grad_MNO, b_MRO).astype(dtype)
+    # The rank as rows of the result: the other way round a CPU is several times slower.
+    grad_a_MRI = einsum("mnr,mni->mri", grad_low_MNR, x_MNI).astype(dtype)
+    grad_b_MRO = einsum("mnr,mno->mro", low_MNR, grad_MNO).astype(dtype)
+    return einsum("mnr,mir->mni", grad_low_MNR, a_MIR).astype(dtype), grad_a_MRI.swapaxes(1, 2), grad_b_MRO
+
+
+_many_low_rank.defvjp(_many_low_rank_fwd, _many_low_rank_bwd)
 
 
 def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, scale=None) -> jax.Array:
     """`x @ W + bias`, plus `scale * (x @ A) @ B` where a delta has factors for this slot.
 
     Args:
-      layer: parameters of one block; `layer[slot]` is [I, O], `layer[slot + "_bias"]` [O] where the model has one.
+      layer: parameters of one block; `layer[slot]` is [I, O] or a `Quantised`, `layer[slot + "_bias"]` [O] where there
+        is one.
       delta: factors of one block, `delta[slot] = {"a": [I, R], "b": [R, O]}`, or None. Of M deltas at once,
         [M, I, R] and [M, R, O]: the rows B are M equal groups, in order, and each group has its own (M = B: each row).
       scale: float32 scalar, alpha / rank times strength; [M] of M deltas.
     """
     dtype = x_BTI.dtype
-    weight, bias = layer[slot].astype(dtype), layer.get(f"{slot}_bias")
+    weight, bias = layer[slot], layer.get(f"{slot}_bias")
     factors = None if delta is None else delta.get(slot)
     merges = factors is not None and factors["a"].ndim == 2 and _merges(x_BTI, weight)
     if merges:
         a, b = (factors[name].astype(dtype) for name in ("a", "b"))
-        y = _merged_linear(x_BTI.reshape(-1, x_BTI.shape[-1]), weight, a, b, scale).reshape(*x_BTI.shape[:2], -1)
+        y = _merged_linear(x_BTI.reshape(-1, x_BTI.shape[-1]), weight.astype(dtype), a, b, scale)
+        y = y.reshape(*x_BTI.shape[:2], -1)
     else:
-        y = einsum("bti,io->bto", x_BTI, weight).astype(dtype)
+        y = _product(x_BTI, weight).astype(dtype)
     if bias is not None:
         y = y + bias.astype(dtype)
     if factors is not None and not merges:
@@ -112,7 +171,7 @@ def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, 
         if a.ndim == 2:
             low = einsum("bti,ir->btr", x_BTI, a).astype(dtype)
             y = y + (scale * einsum("btr,ro->bto", low, b)).astype(dtype)
-        else:  # one product a delta over all tokens of its rows
-            low = einsum("mni,mir->mnr", x_BTI.reshape(a.shape[0], -1, a.shape[1]), a).astype(dtype)
-            y = y + (scale[:, None, None] * einsum("mnr,mro->mno", low, b)).astype(dtype).reshape(y.shape)
+        else:
+            change = _many_low_rank(x_BTI.reshape(a.shape[0], -1, a.shape[1]), a, b)
+            y = y + (scale[:, None, None] * change).astype(dtype).reshape(y.shape)
     return checkpoint_name(y, LINEAR)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+
+from jaxbake.models.quantised import Quantised, check_kind, group_size
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Param:
     """One parameter. `axes` are logical axis names; `hf` is its Hugging Face name, `{layer}` standing for the index.
 
     A stacked parameter (first axis "layers") is one Hugging Face tensor per layer; `transpose` swaps the last two axes.
+    `dtype` is set where it is not the model's: in the parts of a `Quantised`.
     """
 
     shape: tuple[int, ...]
@@ -88,6 +91,7 @@ class Param:
     hf: str
     init: str = "normal"
     transpose: bool = False
+    dtype: str | None = None
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, str], tuple[int, str]]]:
@@ -150,14 +154,19 @@ def _norms(config: ModelConfig) -> tuple[str, ...]:
     }[config.norm_placement]
 
 
-def param_specs(config: ModelConfig) -> dict:
-    """Every parameter of the model as a tree of `Param`; layers are stacked on a leading axis."""
+def param_specs(config: ModelConfig, quantize: str | None = None) -> dict:
+    """Every parameter of the model as a tree of `Param`; layers are stacked on a leading axis.
+
+    quantize: "int8" or "int4" makes the weights of linear layers `Quantised` ones; norms, biases, embeddings and the
+    head stay as they are.
+    """
     n, d, v = config.num_layers, config.hidden_size, config.vocab_size
     unit = "zeros" if config.norm_offset else "ones"
     layers: dict[str, Param] = {}
     for slot, ((size_in, axis_in), (size_out, axis_out)) in linear_shapes(config).items():
         module = f"model.layers.{{layer}}.{hf_module(slot)}"
-        layers[slot] = Param((n, size_in, size_out), ("layers", axis_in, axis_out), f"{module}.weight", transpose=True)
+        weight = Param((n, size_in, size_out), ("layers", axis_in, axis_out), f"{module}.weight", transpose=True)
+        layers[slot] = quantised_spec(weight, quantize) if quantize else weight
         if _has_bias(config, slot):
             layers[f"{slot}_bias"] = Param((n, size_out), ("layers", axis_out), f"{module}.bias", "zeros")
     for name in _norms(config):
@@ -178,14 +187,27 @@ def param_specs(config: ModelConfig) -> dict:
     return specs
 
 
+def quantised_spec(weight: Param, kind: str) -> Quantised:
+    """What a linear layer's weight becomes: the integers lie as the weight does, the scales as its outputs."""
+    check_kind(kind)
+    (n, size_in, size_out), (_, _, axis_out) = weight.shape, weight.axes
+    if kind == "int8":
+        scales = Param((n, size_out), ("layers", axis_out), weight.hf, dtype="float32")
+        return Quantised(replace(weight, dtype="int8"), scales)
+    shape = (n, size_in // group_size(size_in), size_out)
+    scales = Param(shape, ("layers", "group", axis_out), weight.hf, dtype="float32")
+    return Quantised(replace(weight, shape=(n, size_in // 2, size_out), dtype="uint8"), scales)
+
+
 def is_param(leaf) -> bool:
     """Whether a leaf of `param_specs` has been reached (for `jax.tree.map(..., is_leaf=is_param)`)."""
     return isinstance(leaf, Param)
 
 
-def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
+def abstract_params(config: ModelConfig, dtype=jnp.float32, quantize: str | None = None) -> dict:
     """`jax.ShapeDtypeStruct` of every parameter, for compiling without weights."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), param_specs(config), is_leaf=is_param)
+    specs = param_specs(config, quantize)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype or dtype), specs, is_leaf=is_param)
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype=jnp.float32) -> dict:

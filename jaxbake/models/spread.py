@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbake.mesh import AnyMesh, constrain, gathered, parts, split_over
 from jaxbake.models.attention import Keys, Seen, attend
-from jaxbake.models.spec import ModelConfig, factor_axes, param_specs
+from jaxbake.models.quantised import Quantised
+from jaxbake.models.spec import ModelConfig, factor_axes, is_param, param_specs
 
 
 def stationary(tokens: int, config: ModelConfig) -> bool:
@@ -27,15 +28,19 @@ def whole_layer(layer: dict, factors: dict | None, config: ModelConfig, mesh: An
     """One block's parameters and factors, gathered over fsdp."""
     if mesh is None:
         return layer, factors
-    specs = param_specs(config)["layers"]
-    layer = {name: constrain(w, _whole(specs[name].axes[1:]), mesh) for name, w in layer.items()}
+    layer = {name: _whole_weight(name, w, config, mesh) for name, w in layer.items()}
     if factors is not None:
         axes = factor_axes(config)
         factors = {
-            slot: {name: gathered(x, axes[slot][name][1:], mesh) for name, x in factor.items()}
+            slot: {name: gathered(x, (None,) * (x.ndim - 2) + axes[slot][name][1:], mesh) for name, x in factor.items()}
             for slot, factor in factors.items()
         }
     return layer, factors
+
+
+def _whole_weight(name: str, weight: Any, config: ModelConfig, mesh: AnyMesh) -> Any:
+    specs = param_specs(config, weight.kind if isinstance(weight, Quantised) else None)["layers"][name]
+    return jax.tree.map(lambda p, x: constrain(x, _whole(p.axes[1:]), mesh), specs, weight, is_leaf=is_param)
 
 
 def _whole(axes: tuple[str, ...]) -> tuple[str | None, ...]:

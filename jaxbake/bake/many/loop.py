@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +11,21 @@ from typing import Any
 
 import jax
 
+from jaxbake import hosts
 from jaxbake.bake import folder as layout
-from jaxbake.bake.folder import claim
-from jaxbake.bake.loop import BakeResult, _check, _examples, _finished, _given, _identity, _result, _written
+from jaxbake.bake.folder import Runs, claim
+from jaxbake.bake.lock import owned
+from jaxbake.bake.loop import (
+    BakeResult,
+    _check,
+    _examples,
+    _finished,
+    _given,
+    _identity,
+    _is_finished,
+    _result,
+    _written,
+)
 from jaxbake.bake.many.train import Member, check_alike, train_many
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
@@ -23,7 +33,7 @@ from jaxbake.bake.train import Trained
 from jaxbake.bakery.card import sha256
 from jaxbake.config import BakeConfig, StimuliConfig
 from jaxbake.errors import JaxbakeError, TrainingDiverged
-from jaxbake.files import read_json, write_whole
+from jaxbake.files import AnyPath, absolute, is_remote, read_json, write_whole
 from jaxbake.models.base import Base
 
 STATES, GROUP = ".many", "group.json"
@@ -47,7 +57,7 @@ class BakeSpec:
 def bake_many(
     base: Base,
     bakes: Sequence[BakeSpec],
-    output: str | Path | None = None,
+    output: str | AnyPath | None = None,
     *,
     progress: Progress | None = None,
 ) -> list[BakeResult]:
@@ -77,52 +87,66 @@ def bake_many(
     _check_names(bakes)
     if jax.process_count() > 1:
         raise JaxbakeError("bake_many: runs in one process; on several, bake the prompts one by one")
+    output = None if output is None else absolute(output)
+    prepared = [_prepare(base, bake, output) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)
+    for i, one in enumerate(prepared):
+        if one.folder and _is_finished(one.folder, one.identity):
+            results[i] = _finished(one.folder, base)
+    unfinished = [i for i, result in enumerate(results) if result is None]
+    if not unfinished:
+        return results
     failed: dict[str, TrainingDiverged] = {}
-    with ExitStack() as scratch:
-        prepared = [_prepare(base, bake, scratch, output) for bake in bakes]
-        for i, one in enumerate(prepared):
-            if (one.folder / layout.DELTA).is_dir():
-                results[i] = _finished(one.folder, base)
+    with ExitStack() as locks:
+        for i in unfinished:
+            if prepared[i].folder:
+                locks.enter_context(owned(prepared[i].folder))
+                claim(prepared[i].folder, prepared[i].identity)
         keys = [sha256(json.dumps([bake.name, one.identity])) for bake, one in zip(bakes, prepared, strict=True)]
-        unfinished = [i for i, result in enumerate(results) if result is None]
-        group, states = _group(keys, unfinished, None if output is None else Path(output) / STATES)
+        group, states = _group(keys, unfinished, output and output / STATES)
         members = []
         for done, i in enumerate(group):
-            members.append(_member(base, bakes[i], prepared[i], progress if len(group) == 1 else silent, output))
+            shown = progress if len(group) == 1 else silent
+            members.append(_member(base, bakes[i], prepared[i], results[i] is not None, shown))
             progress("sample", done + 1, len(group), {})
 
         def ended(m: int, what: Trained | TrainingDiverged) -> None:
             i = group[m]
+            bake, one, member = bakes[i], prepared[i], members[m]
             if isinstance(what, TrainingDiverged):
-                failed[bakes[i].name] = what
+                failed[bake.name] = what
             elif results[i] is None:
-                one = prepared[i]
                 results[i] = _result(
-                    base, one.prompt, bakes[i].config, what, bakes[i].name, bakes[i].recipe, output and one.folder
-                )
+                    base, one.prompt, bake.config, what, member.held_out, member.runs, bake.name, bake.recipe,
+                    one.folder,
+                )  # fmt: skip
 
-        if group:
-            told = [m for m, i in enumerate(group) if results[i] is not None]
-            train_many(base, members, states and states / layout.CHECKPOINTS, progress, ended, told)
+        told = [m for m, i in enumerate(group) if results[i] is not None]
+        train_many(base, members, states and states / layout.CHECKPOINTS, progress, ended, told)
     if failed:
         error = TrainingDiverged("; ".join(f"{name}: {what}" for name, what in failed.items()))
         error.results, error.deltas = results, {name: getattr(what, "delta", None) for name, what in failed.items()}
         raise error
     if states is not None:
-        shutil.rmtree(states, ignore_errors=True)  # all its deltas are written
-        if states.parent.is_dir() and not any(states.parent.iterdir()):
-            states.parent.rmdir()
+        _forget(states)  # all its deltas are written
     return results
 
 
-def _group(keys: list[str], unfinished: list[int], root: Path | None) -> tuple[list[int], Path | None]:
+def _forget(states: AnyPath) -> None:
+    from etils import epath
+
+    epath.Path(states).rmtree()
+    if not is_remote(states) and not any(states.parent.iterdir()):
+        states.parent.rmdir()
+
+
+def _group(keys: list[str], unfinished: list[int], root: AnyPath | None) -> tuple[list[int], AnyPath | None]:
     """Which bakes to train together, and where their states lie.
 
     A group that was interrupted goes on with its own members, finished ones among them, for its states are theirs;
     otherwise those that are not finished make a new one.
     """
-    if not unfinished or root is None:
+    if root is None:
         return unfinished, None
     for file in sorted(root.glob(f"*/{GROUP}")):
         members = read_json(file).get("members", [])
@@ -136,13 +160,15 @@ def _group(keys: list[str], unfinished: list[int], root: Path | None) -> tuple[l
 
 @dataclass(frozen=True)
 class _Prepared:
+    """A bake that is known to be possible; folder None writes nothing."""
+
     prompt: str
     given: list[str]
     generate: Any
     pins: Sequence[str]
     contexts: Contexts
     identity: dict[str, Any]
-    folder: Path
+    folder: AnyPath | None
 
 
 def _check_names(bakes: Sequence[BakeSpec]) -> None:
@@ -157,32 +183,28 @@ def _check_names(bakes: Sequence[BakeSpec]) -> None:
     check_alike(bakes)
 
 
-def _prepare(base: Base, bake: BakeSpec, scratch: ExitStack, output: str | Path | None) -> _Prepared:
-    """Everything that can be wrong about a bake, before any work is done; its folder is its own from then on."""
+def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None) -> _Prepared:
+    """Everything that can be wrong about a bake is found here, before any work is done."""
     root = Path(bake.root)
     try:
         prompt = _check(base, bake.prompt, bake.config)
         given, generate = _given(bake.stimuli, root)
         pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
         contexts = contexts_for(base, prompt, bake.config, root) if bake.contexts is None else bake.contexts
-        identity = _identity(base, prompt, given, generate, pins, contexts, bake.config)
-        if output is None:
-            folder = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            folder = Path(output) / bake.name
-        claim(folder, identity)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    return _Prepared(prompt, given, generate, pins, contexts, identity, folder)
+    identity = _identity(base, prompt, given, generate, pins, contexts, bake.config)
+    return _Prepared(prompt, given, generate, pins, contexts, identity, output and output / bake.name)
 
 
-def _member(base: Base, bake: BakeSpec, one: _Prepared, progress: Progress, output: Any) -> Member:
+def _member(base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress) -> Member:
     """The bake's examples, from responses that are sampled now or already there."""
+    runs = Runs(None if finished else one.folder, hosts.environment(base.mesh))
     try:
         given = one.given
         if one.generate:
             given = _written(base, one.prompt, given, one.generate, one.folder, bake.config.seed, progress)
-        examples = _examples(base, one.prompt, given, bake.config, one.pins, one.contexts, one.folder, progress)
+        examples = _examples(base, one.prompt, given, bake.config, one.pins, one.contexts, one.folder, progress, runs)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    return Member(bake.name, bake.config, *examples, None if output is None else one.folder)
+    return Member(bake.name, bake.config, *examples, one.folder, runs)

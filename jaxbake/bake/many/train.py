@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -18,7 +17,7 @@ import numpy as np
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
 from jaxbake.bake.checkpoint import Checkpoints
-from jaxbake.bake.folder import MetricsLog
+from jaxbake.bake.folder import MetricsLog, Runs
 from jaxbake.bake.many.batches import Evaluation, Rows
 from jaxbake.bake.many.step import hyper, init_states, keep, make_many_eval, make_many_step, member_state
 from jaxbake.bake.progress import Progress
@@ -29,6 +28,7 @@ from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta, target_slots
 from jaxbake.deltas.many import cut
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
+from jaxbake.files import AnyPath
 from jaxbake.models.base import Base
 
 
@@ -40,7 +40,8 @@ class Member:
     config: BakeConfig
     examples: Sequence[Example]
     held_out: Sequence[Example]
-    folder: Path | None = None
+    folder: AnyPath | None
+    runs: Runs
 
 
 @flax.struct.dataclass
@@ -62,9 +63,16 @@ class _Seat:
         self.ended: int | None = None if seen is None or seen["ended"] < 0 else int(seen["ended"])
         self.error: TrainingDiverged | None = None
         self.said = None if seen is None else seen["error"]
+        if resumed is not None:
+            member.runs.note(responses=member.runs.rows[-1]["responses"], step=resumed)
         self.log = MetricsLog(member.folder and member.folder / layout.METRICS, resumed)
         board = member.folder and self.settings.tensorboard
         self._board = _TensorBoard(member.folder / layout.TENSORBOARD) if board else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has come to its end, or diverged."""
+        return self.ended is not None or self.error is not None or bool(self.said)
 
     def cursor(self) -> dict[str, Any]:
         ended = -1 if self.ended is None else self.ended
@@ -102,7 +110,7 @@ def check_alike(members: Sequence[Member]) -> None:
 def train_many(
     base: Base,
     members: Sequence[Member],
-    folder: Path | None,
+    folder: AnyPath | None,
     progress: Progress,
     ended: Callable[[int, Trained | TrainingDiverged], None],
     told: Collection[int] = (),
@@ -140,7 +148,7 @@ def train_many(
         hypers = keep(settings, places)
 
         def active() -> list[bool]:
-            return [seats[i].ended is None and seats[i].error is None and not seats[i].said for i in places]
+            return [not seats[i].idle for i in places]
 
         def measure(due: list[int]) -> dict[int, dict[str, float]]:
             """The held-out figures of these members."""
@@ -172,8 +180,14 @@ def train_many(
                 shown = {"loss": float(np.mean(losses)), "bakes": int(sum(was))} if losses.size else {}
                 progress("bake", number, most, shown)
 
-        def tell(new: Sequence[int]) -> None:
-            for i in new:
+        announced = {i for i, seat in enumerate(seats) if i in told and seat.idle}
+
+        def new() -> list[int]:
+            return [i for i, seat in enumerate(seats) if seat.idle and i not in announced]
+
+        def tell() -> None:
+            for i in new():
+                announced.add(i)
                 seat = seats[i]
                 if seat.error is not None or seat.said:
                     ended(i, seat.error or TrainingDiverged(seat.said))
@@ -190,14 +204,24 @@ def train_many(
                     )
 
         def save() -> None:
+            for seat in seats:
+                seat.log.flush()
             seen = {str(i): seat.cursor() for i, seat in enumerate(seats)}
             checkpoints.save(_Group(jnp.int32(n), state), best, {"places": places, "seats": seen})
+
+        def keep_and_tell() -> None:
+            settle(0, {})
+            if checkpoints:
+                save()
+                if new():
+                    checkpoints.wait()
+            tell()
 
         if resumed is None:
             for i, held in measure(places).items():
                 seats[i].record({"step": 0, **held})
         else:
-            tell([i for i, seat in enumerate(seats) if i not in told and (seat.ended is not None or seat.said)])
+            tell()
         batch = rows.batch(n, places)
         while any(active()):
             if n % every == 0 and 2 * sum(active()) <= len(places):  # only here, so that a resumed run does the same
@@ -217,21 +241,16 @@ def train_many(
                 settle(1, {})
                 held = measure(due)
                 settle(0, held)
-            new = [i for i in before if seats[i].ended is not None or seats[i].error is not None]
             leave = any(active()) and hosts.stop_asked()
-            if new or leave or n % every == 0:
-                settle(0, {})
-                new = [i for i in before if seats[i].ended is not None or seats[i].error is not None]
-                if checkpoints:
-                    save()
-                    if new:
-                        checkpoints.wait()
-                tell(new)
+            if new() or leave or n % every == 0:
+                keep_and_tell()
             settle(1, {})
             if leave:
                 raise Preempted(
                     f"step {n} is saved" if checkpoints else f"step {n} is lost, no output folder was given"
                 )
+        if new():  # those whose last step was seen to fail only now
+            keep_and_tell()
 
 
 @jax.jit
