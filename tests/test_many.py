@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import tiny_base as tiny
 
+from jaxbake.bake import train as training
 from jaxbake.bake.checkpoint import Checkpoints
-from jaxbake.bake.folder import read_metrics
+from jaxbake.bake.folder import Runs, read_metrics
+from jaxbake.bake.many.batches import Rows
 from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
+from jaxbake.bake.many.train import Member
 from jaxbake.bakery.store import load_delta
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from jaxbake.data.batches import Batch, View
+from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta, delta_digest, init_delta
 from jaxbake.deltas.many import for_rows, one_of, stack
 from jaxbake.errors import JaxbakeError, TrainingDiverged
@@ -219,3 +223,32 @@ def test_the_step_reads_the_base_once_for_all_rows():
     # All products with up_proj: forward, and backward to x; each over all tokens at once.
     products = re.findall(r"dot_general.*?-> tensor<([0-9x]+)x72xf32>", lowered.as_text())
     assert f"{n}x{length}" in products and not [p for p in products if p in (f"{rows}x{length}", f"{rows * length}")]
+
+
+def test_teachers_asked_at_every_step_say_what_they_said_before(monkeypatch):
+    """With room for all, for the first member, and for none."""
+    random, base = np.random.default_rng(0), tiny.tiny_base()
+
+    def tokens(n):
+        return random.integers(6, 262, n).astype(np.int32)
+
+    def member(name, config):
+        prompt = tokens(10)
+        examples = [
+            Example("bake", np.concatenate([prompt, tokens(3)]), tokens(4), tokens(n), np.ones(n, bool))
+            for n in random.integers(2, 9, 12)
+        ]
+        return Member(name, config, examples, examples[:2], None, Runs(None, {}))
+
+    members = [member("a", tiny.CONFIG), member("b", replace(COOK, seed=1))]
+    said = []
+    size = sum(int(e.mask.sum()) for e in members[0].examples) * base.config.hidden_size * 4
+    for room in (1 << 30, size, 0):
+        monkeypatch.setattr(training, "TEACHER_BYTES", room)
+        rows = Rows(base, members, 1)
+        for n in (0, 3):
+            batch = rows.batch(n, [0, 1])
+            said.append(np.asarray(rows.teacher(n, [0, 1], batch))[batch.weights > 0])
+    for n in (0, 1):
+        np.testing.assert_allclose(said[2 + n], said[n], atol=1e-5)
+        np.testing.assert_allclose(said[4 + n], said[n], atol=1e-5)

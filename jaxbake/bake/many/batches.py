@@ -74,7 +74,7 @@ class Rows:
             for member, shared in zip(members, self._prompts.shared, strict=True)
         ]
         self._members = alike(own)
-        self._tables: dict[int, Any] = {}
+        tables: dict[int, jax.Array] = {}
         self._asked = members[0].config.loss.divergence != "cross_entropy"
         room = single.TEACHER_BYTES if self._asked else 0
         for i, batches in enumerate(self._members):
@@ -82,12 +82,11 @@ class Rows:
             room -= matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
             if room < 0:
                 break
-            self._tables[i] = single._KnownTeacher(base, batches, self._prompts[i])
+            tables[i] = single._KnownTeacher(base, batches, self._prompts[i])._table
             self._prompts.forget(i)
-        starts = np.cumsum([0, *(table._table.shape[0] for table in self._tables.values())])
-        self._starts = dict(zip(self._tables, starts, strict=False))
-        self._all = jnp.concatenate([t._table for t in self._tables.values()]) if self._tables else None
-        self._tables = {i: None for i in self._tables}
+        ends = np.cumsum([table.shape[0] for table in tables.values()])
+        self._starts = {i: int(end) - table.shape[0] for (i, table), end in zip(tables.items(), ends, strict=True)}
+        self._table = jnp.concatenate(list(tables.values())) if tables else None
 
     def batch(self, n: int, places: Sequence[int]) -> Batch:
         """The rows of step n, of these members in order."""
@@ -100,12 +99,12 @@ class Rows:
         rows = batch.source.shape[0] // len(places)
         if all(i in self._starts for i in places):
             offset = np.repeat([self._starts[i] for i in places], rows).astype(np.int32)[:, None]
-            return single._rows(self._all, np.where(batch.source >= 0, batch.source + offset, 0))
+            return single._rows(self._table, np.where(batch.source >= 0, batch.source + offset, 0))
         parts = []
         for place, i in enumerate(places):
             if i in self._starts:
                 source = batch.source[place * rows : (place + 1) * rows]
-                parts.append(single._rows(self._all, np.where(source >= 0, source + self._starts[i], 0)))
+                parts.append(single._rows(self._table, np.where(source >= 0, source + self._starts[i], 0)))
             else:
                 view = self._members[i].batch(n).teacher
                 view = View(*(padded(getattr(view, name), rows) for name in View.__dataclass_fields__))
