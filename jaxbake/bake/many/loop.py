@@ -65,7 +65,8 @@ def bake_many(
 
     Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss must
     be the same. Each result equals that of `jaxbake.bake` with the same arguments up to rounding: its own batches,
-    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others.
+    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others. It runs on one
+    device.
 
     Args:
       base: what `jaxbake.load` gives.
@@ -85,8 +86,8 @@ def bake_many(
     """
     progress = progress or silent
     _check_names(bakes)
-    if jax.process_count() > 1:
-        raise JaxbakeError("bake_many: runs in one process; on several, bake the prompts one by one")
+    if jax.process_count() > 1 or (base.mesh and base.mesh.size > 1) or any(bake.config.mesh for bake in bakes):
+        raise JaxbakeError("bake_many: runs on one device; on a mesh or in several processes, bake one by one")
     output = None if output is None else absolute(output)
     prepared = [_prepare(base, bake, output) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)
