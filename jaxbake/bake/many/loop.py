@@ -199,7 +199,7 @@ def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None) -> _Prepared:
 
 
 def _member(base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress) -> Member:
-    """The bake's examples, from responses that are sampled now or already there."""
+    """The bake's examples, from responses that are sampled now or already there; finished, its folder is left alone."""
     runs = Runs(None if finished else one.folder, hosts.environment(base.mesh))
     try:
         given = one.given
@@ -208,4 +208,4 @@ def _member(base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress
         examples = _examples(base, one.prompt, given, bake.config, one.pins, one.contexts, one.folder, progress, runs)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    return Member(bake.name, bake.config, *examples, one.folder, runs)
+    return Member(bake.name, bake.config, *examples, None if finished else one.folder, runs)
