@@ -15,7 +15,8 @@ from jaxbake.recipe import load_recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = [
     "quickstart", "bake", "sample", "chat", "eval", "merge", "export peft", "export merged", "check vllm", "models",
-    "bench step", "bench kl", "bench sample", "bench load", "bench compare", "plan", "bake-many", "quantize-report",
+    "bench step", "bench kl", "bench sample", "bench load", "bench many", "bench compare", "plan",
+    "bake-many", "quantize-report",
 ]  # fmt: skip
 
 

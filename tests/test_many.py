@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny_base as tiny
 
-from jaxbake.bake import train as training
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import Runs, read_metrics
+from jaxbake.bake.many import batches as many_batches
 from jaxbake.bake.many.batches import Rows
 from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
@@ -244,7 +244,7 @@ def test_teachers_asked_at_every_step_say_what_they_said_before(monkeypatch):
     said = []
     size = sum(int(e.mask.sum()) for e in members[0].examples) * base.config.hidden_size * 4
     for room in (1 << 30, size, 0):
-        monkeypatch.setattr(training, "TEACHER_BYTES", room)
+        monkeypatch.setattr(many_batches, "TEACHER_BYTES", room)
         rows = Rows(base, members, 1)
         for n in (0, 3):
             batch = rows.batch(n, [0, 1])

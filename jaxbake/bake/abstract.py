@@ -43,9 +43,7 @@ def _struct(shape, dtype, axes, mesh: AnyMesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding(axes, mesh, shape))
 
 
-def params_inputs(
-    config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16, quantize: str | None = None
-) -> Any:
+def params_inputs(config: ModelConfig, mesh: AnyMesh | None, dtype=jnp.bfloat16, quantize: str | None = None) -> Any:
     """The base's parameters."""
     specs = param_specs(config, quantize)
     return jax.tree.map(lambda p: _struct(p.shape, p.dtype or dtype, p.axes, mesh), specs, is_leaf=is_param)

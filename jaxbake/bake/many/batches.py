@@ -16,6 +16,10 @@ from jaxbake.models.decoder import Prefix
 from jaxbake.sampling import shared_prefix as prefix_of
 
 
+TEACHER_BYTES = 1 << 30
+"""Up to this size the teachers' hidden states are kept on the device rather than computed again at each visit."""
+
+
 def padded(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
     """The array with rows of `fill` at its end."""
     return np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
@@ -60,10 +64,20 @@ def _sizes(member: Any) -> dict[str, int]:
     return {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
 
 
+def _said(base: Base, batches: Batches, prefix: Prefix | None, matched: int) -> np.ndarray:
+    """A teacher's hidden states at every matched token [matched, D], in the order of `Batch.source`."""
+    table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
+    for n in range(-(-len(batches.examples) // batches.batch_size)):
+        batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
+        hidden = single._teacher_hidden(base.params, batch.teacher, prefix, base.config)
+        table[batch.source[batch.source >= 0]] = np.asarray(hidden)[batch.source >= 0]
+    return table
+
+
 class Rows:
     """The training rows of all members, and their teachers' hidden states at the matched tokens.
 
-    What a teacher says is computed before the first step, as long as `train.TEACHER_BYTES` holds it; the teachers of
+    What a teacher says is computed before the first step, as long as `TEACHER_BYTES` hold it; the teachers of
     the members it has no room for are asked at every step.
     """
 
@@ -76,17 +90,21 @@ class Rows:
         self._members = alike(own)
         tables: dict[int, jax.Array] = {}
         self._asked = members[0].config.loss.divergence != "cross_entropy"
-        room = single.TEACHER_BYTES if self._asked else 0
+        room = TEACHER_BYTES if self._asked else 0
         for i, batches in enumerate(self._members):
             matched = sum(int(example.mask.sum()) for example in batches.examples)
             room -= matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
             if room < 0:
                 break
-            tables[i] = single._KnownTeacher(base, batches, self._prompts[i])._table
+            tables[i] = jnp.asarray(_said(base, batches, self._prompts[i], matched))
             self._prompts.forget(i)
         ends = np.cumsum([table.shape[0] for table in tables.values()])
         self._starts = {i: int(end) - table.shape[0] for (i, table), end in zip(tables.items(), ends, strict=True)}
         self._table = jnp.concatenate(list(tables.values())) if tables else None
+
+    def useful_fraction(self, i: int) -> float:
+        """Share of a member's row tokens that are no padding."""
+        return self._members[i].useful_fraction()
 
     def batch(self, n: int, places: Sequence[int]) -> Batch:
         """The rows of step n, of these members in order."""

@@ -197,7 +197,7 @@ def train_many(
                         factors = cut(best, places.index(i), one.config.rank, tuple(one.factors))
                         one = one.replace(factors=factors)
                     last = seat.best.step if seat.settings.patience else seat.ended
-                    ended(i, Trained(one, last, seat.log.rows))
+                    ended(i, Trained(one, last, seat.log.rows, rows.useful_fraction(i)))
                 else:
                     raise JaxbakeError(
                         f"{members[i].name}: this bake had ended and its delta is gone; delete {folder} to bake anew"
