@@ -15,7 +15,6 @@ from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
 from jaxbake.sampling import shared_prefix as prefix_of
 
-
 TEACHER_BYTES = 1 << 30
 """Up to this size the teachers' hidden states are kept on the device rather than computed again at each visit."""
 
