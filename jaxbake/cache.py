@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 VARIABLE = "JAXBAKE_CACHE"
+HUGE_PAGES = "JAXBAKE_HUGE_PAGES"
+"""Set where GLIBC_TUNABLES is jaxbake's own doing (see `jaxbake.cli`), so that other programs need not inherit it."""
 MOST_BYTES = 4 << 30
 _OFF = ("off", "no", "none", "false", "0")
 

@@ -126,6 +126,14 @@ def test_commands_run_in_turn_and_their_medians_are_compared():
     assert [row["met"] for row in rows] == [False, True, True]
 
 
+def test_rivals_do_not_inherit_our_huge_pages(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    show = [sys.executable, "-c", "import json, os; print(json.dumps({'set': os.environ.get('GLIBC_TUNABLES')}))"]
+    assert compare.run({"a": show}, 1, 1, print)["a"] == [{"set": "glibc.malloc.hugetlb=1"}]  # the user's own wish
+    monkeypatch.setenv("JAXBAKE_HUGE_PAGES", "on")
+    assert compare.run({"a": show}, 1, 1, print)["a"] == [{"set": None}]
+
+
 def test_a_rival_that_fails_or_prints_nothing_useful_is_named():
     with pytest.raises(JaxbakeError, match="theirs: ended with code 3"):
         compare.run({"theirs": [sys.executable, "-c", "raise SystemExit(3)"]}, 1, 1, print)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxbake.cache import HUGE_PAGES
 from jaxbake.errors import JaxbakeError
 
 OURS = (sys.executable, "-c", "from jaxbake.cli import main; main()", "bench")
@@ -146,6 +147,8 @@ def _confined(threads: int) -> Iterator[None]:
 def _json(name: str, command: Sequence[str], threads: int) -> dict:
     """Runs a command on the first `threads` processors; the last JSON object it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if environment.pop(HUGE_PAGES, None):  # each side begins as it would from a plain shell
+        environment.pop("GLIBC_TUNABLES", None)
     if threads > 1:
         environment.setdefault("OMP_WAIT_POLICY", "active")  # PyTorch's best
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from jaxbake.cache import keep_compiled
+from jaxbake.cache import HUGE_PAGES, keep_compiled
 from jaxbake.errors import JaxbakeError, PeerLost, Preempted
 
 PREEMPTED, PEER_LOST = 75, 69
@@ -114,7 +114,7 @@ def _with_huge_pages() -> None:
     except (OSError, ValueError):
         return
     if asked and glibc:
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", HUGE_PAGES: "on"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
