@@ -63,7 +63,7 @@ def test_eight_devices_agree_with_one(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "mesh axis tp of size 8 does not divide the model's 'vocab' axis, size 98",
+        "mesh axis tp of size 8 does not divide the model's 6 attention heads",
         "mesh 'fsdp=3,tp=2': makes 6 devices of the 8 there are",
     ]
 
