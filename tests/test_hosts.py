@@ -184,9 +184,11 @@ def test_in_an_object_store(tmp_path, monkeypatch, quick):
         here = tiny.tiny_bake(tmp_path / "run", SHORT)
         jb.save_peft(here.delta, tiny.tiny_base(), tmp_path / "peft", card=result.card)
         assert result.card.delta_digest == here.card.delta_digest
-        assert {p.name: p.read_bytes() for p in (tmp_path / "peft").iterdir()} == {
-            name.removeprefix("bucket/peft/"): content for name, (content, _) in objects.items() if "/peft/" in name
-        }
+        (tmp_path / "stored").mkdir()
+        for name, (content, _) in objects.items():
+            if "/peft/" in name:
+                (tmp_path / "stored" / name.removeprefix("bucket/peft/")).write_bytes(content)
+        assert contents(tmp_path / "stored") == contents(tmp_path / "peft")
         loaded, card = load_delta("gs://bucket/run", tiny.tiny_base())
         assert card == result.card and card.delta_digest == delta_digest(loaded)
         assert delta_digest(jb.load_peft("gs://bucket/peft", tiny.tiny_base())) == card.delta_digest
