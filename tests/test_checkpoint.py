@@ -140,7 +140,7 @@ def test_default_dtype_on_cpu_is_float32(tmp_path):
     write_params(random_params(LLAMA, "bfloat16"), families.convert(LLAMA), tmp_path, LLAMA)
     assert bases.load(tmp_path).params["norm"].dtype == jnp.float32
     assert bases.load(tmp_path, dtype="bfloat16").params["norm"].dtype == jnp.bfloat16
-    assert bases._dtype(None, tmp_path, None) == jnp.float32
+    assert bases.parameter_dtype(None, tmp_path, None) == jnp.float32
     for wrong in ("int8", "float23"):
         with pytest.raises(JaxbakeError, match=f"dtype: '{wrong}' is not one of float32, bfloat16, float16"):
             bases.load(tmp_path, dtype=wrong)

@@ -7,8 +7,6 @@ import pytest
 from jaxbake.recipe import load_recipe
 from jaxbake.run import QUICKSTART, run_recipe
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # one worker runs it, once
-
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):

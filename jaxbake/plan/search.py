@@ -34,8 +34,8 @@ def make_plan(request: Request, *, tries: int = TRIES, say: Say = lambda text: N
     `say` gets a line before each compilation. Raises JaxbakeError without the compiler, and for a model, mesh or
     topology that cannot be.
     """
-    check_compiler()
     parse_topology(request.topology, request.slices)
+    check_compiler()
     say(f"compiling {' + '.join(request.programs)} for {request.topology}, mesh {request.mesh}")
     asked, parameters = compile_elsewhere(request)
     tried = []
