@@ -31,6 +31,8 @@ class Checkpoints:
                 preservation_policy=ocp.training.preservation_policies.LatestN(2),
                 cleanup_tmp_directories=True,
             )
+        # Orbax asks for preemption at every save, by a count of its own: a SIGTERM just then would never reach ours.
+        self._checkpointer._manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> Checkpoints:
         return self
