@@ -48,9 +48,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "rec
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `parse_recipe` reads back to an equal one."""
-    return yaml.dump(
-        _plain(dataclasses.asdict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
-    )
+    return yaml.dump(_plain(dataclasses.asdict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_prompt(recipe: Recipe, root: str | Path) -> str:

@@ -312,7 +312,7 @@ def _written_or_refused(base, asked):
 def test_tensorboard(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
     with pytest.raises(JaxbakeError, match=r"jaxbake\[tensorboard\]"):
-        training._TensorBoard(tmp_path)
+        training.TensorBoard(tmp_path)
     seen, module = [], ModuleType("tensorboard.summary")
 
     class Writer:
@@ -328,5 +328,5 @@ def test_tensorboard(monkeypatch, tmp_path):
     module.Writer = Writer
     monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
-    training._TensorBoard(tmp_path).add({"step": 3, "loss": 0.5})
+    training.TensorBoard(tmp_path).add({"step": 3, "loss": 0.5})
     assert seen == [("loss", 0.5, 3)]

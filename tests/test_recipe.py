@@ -125,7 +125,7 @@ def test_overrides():
         "--set bake.lora.rank: write it as field=value, such as bake.train.steps=100"
     )
     assert refused(GOOD, "name.first=a") == "--set name.first=a: name is a text, it has no fields"
-    assert refused(GOOD, "name=[a") .startswith("--set name=[a:")
+    assert refused(GOOD, "name=[a").startswith("--set name=[a:")
 
 
 def test_files(tmp_path):

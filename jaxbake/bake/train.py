@@ -48,7 +48,7 @@ class Trained:
 
 
 @dataclass
-class _Best:
+class Best:
     """The lowest held-out KL so far, its step, evaluations since, and (where they are wanted) the factors it had."""
 
     kl: float = math.inf
@@ -69,8 +69,17 @@ class _Best:
 
 
 @partial(jax.jit, static_argnums=3)
-def _teacher_hidden(params: Any, view: View, prefix: Prefix | None, config: ModelConfig) -> jax.Array:
+def teacher_hidden_of(params: Any, view: View, prefix: Prefix | None, config: ModelConfig) -> jax.Array:
     return hidden_at(params, None, view, config=config, prefix=prefix)
+
+
+def ask_once(base: Base, batches: Batches, prefix: Prefix | None, rows: np.ndarray) -> None:
+    """Writes the teacher's hidden states at every matched token into `rows` [matched, D], ordered as `Batch.source`."""
+    for n in range(-(-len(batches.examples) // batches.batch_size)):
+        batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
+        placed = put_batch(batch, base.mesh)
+        hidden = teacher_hidden_of(base.params, placed.teacher, prefix, base.config)
+        rows[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
 
 
 class _KnownTeacher:
@@ -81,11 +90,8 @@ class _KnownTeacher:
     """
 
     def __init__(self, base: Base, batches: Batches, prefix: Prefix | None, table: Table, on_device: bool):
-        for n in range(0 if table.complete else -(-len(batches.examples) // batches.batch_size)):
-            batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
-            placed = put_batch(batch, base.mesh)
-            hidden = _teacher_hidden(base.params, placed.teacher, prefix, base.config)
-            table.rows[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
+        if not table.complete:
+            ask_once(base, batches, prefix, table.rows)
         table.finish()
         self._mesh, self._table = base.mesh, jnp.asarray(table.rows) if on_device else table.rows
 
@@ -93,11 +99,11 @@ class _KnownTeacher:
         if isinstance(self._table, np.ndarray):
             rows = self._table[np.maximum(batch.source, 0)]
             return put(rows, HIDDEN_AXES, self._mesh) if self._mesh else jnp.asarray(rows)
-        return _rows(self._table, batch.source)
+        return take_rows(self._table, batch.source)
 
 
 @jax.jit
-def _rows(table: jax.Array, source: jax.Array) -> jax.Array:
+def take_rows(table: jax.Array, source: jax.Array) -> jax.Array:
     return jnp.take(table, source, axis=0, mode="clip")  # padding (-1) takes row 0, and weighs nothing
 
 
@@ -109,7 +115,7 @@ class _HeldOut:
         self._evaluate = make_eval_step(base.config, config)
         self._batches = []
         for batch in (put_batch(batch, base.mesh) for batch in batches.all()):
-            self._batches.append((batch, _teacher_hidden(base.params, batch.teacher, prefix, base.config)))
+            self._batches.append((batch, teacher_hidden_of(base.params, batch.teacher, prefix, base.config)))
 
     def __call__(self, delta: Delta) -> dict[str, float]:
         sums = [self._evaluate(delta, self._params, b, None, teacher_hidden=hidden) for b, hidden in self._batches]
@@ -152,7 +158,7 @@ def train(
     evaluate = _HeldOut(base, config, Batches(held_out, shared, rows_multiple=rows, **sizes), prefix)
     step = make_bake_step(base.config, config)
     lie = base.mesh and jax.tree.map(lambda x: x.sharding, state_inputs(base.config, config, base.mesh))
-    state, best = init_state(jax.random.key(config.seed), base.config, config, lie), _Best()
+    state, best = init_state(jax.random.key(config.seed), base.config, config, lie), Best()
     if settings.patience:
         best.factors = jax.tree.map(jnp.copy, state.delta.factors)
 
@@ -160,11 +166,11 @@ def train(
         resumed = checkpoints.latest if checkpoints else None
         if resumed is not None:
             state, factors, cursor = checkpoints.restore(state, best.factors)
-            best = _Best(cursor["kl"], int(cursor["step"]), int(cursor["since"]), factors)
+            best = Best(cursor["kl"], int(cursor["step"]), int(cursor["since"]), factors)
             runs.note(responses=runs.rows[-1]["responses"], step=resumed)
         log = MetricsLog(folder and folder / layout.METRICS, resumed)
         boarded = settings.tensorboard and folder and hosts.is_first()
-        board = _TensorBoard(folder / layout.TENSORBOARD) if boarded else None
+        board = TensorBoard(folder / layout.TENSORBOARD) if boarded else None
 
         def record(row: dict[str, float]) -> None:
             log.add(row)
@@ -187,7 +193,7 @@ def train(
                 row = {"step": number, **{k: float(v) for k, v in metrics.items()}}
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                     log.flush()
-                    _diverged(number, row, state, best, checkpoints, config)
+                    diverged(number, row, state, best, checkpoints, config)
                 record(row | (more or {}) if number == n else row)
 
         batch = batches.batch(n)
@@ -221,8 +227,8 @@ def train(
     return Trained(state.delta, n, log.rows, batches.useful_fraction())
 
 
-def _diverged(
-    number: int, row: dict, state: BakeState, best: _Best, checkpoints: Checkpoints | None, config: BakeConfig
+def diverged(
+    number: int, row: dict, state: BakeState, best: Best, checkpoints: Checkpoints | None, config: BakeConfig
 ) -> None:
     """Keeps the state before the step that failed (the step itself left it as it was), and says so."""
     good, where = int(state.step), "the error's delta"
@@ -239,7 +245,7 @@ def _diverged(
     raise error
 
 
-class _TensorBoard:
+class TensorBoard:
     """The same figures for TensorBoard."""
 
     def __init__(self, folder: AnyPath):

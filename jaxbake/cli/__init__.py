@@ -102,8 +102,9 @@ def _root(
 def _with_huge_pages() -> None:
     """Starts this command again, once, with memory in huge pages where Linux gives them to those who ask.
 
-    Every step takes its working memory anew, and in small pages that is 5 to 10 % of its time on a CPU. glibc reads the
-    setting only when a process begins. Whoever sets GLIBC_TUNABLES, even to nothing, is left alone.
+    Every step takes its working memory anew, which on a CPU costs more in small pages (compare `jaxbake bench step`
+    with `GLIBC_TUNABLES= jaxbake bench step`). glibc reads the setting only when a process begins. Whoever sets
+    GLIBC_TUNABLES, even to nothing, is left alone.
     """
     heavy = {"quickstart", "bake", "bench", "eval", "sample", "chat"} & set(sys.argv[1:4])
     if not heavy or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:

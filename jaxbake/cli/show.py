@@ -34,8 +34,8 @@ def _figures(info: dict[str, Any]) -> str:
 class Bars:
     """Progress as bars on a terminal, and as a line for every tenth of a stage elsewhere; both on standard error.
 
-        with Bars() as progress:
-            run_recipe(recipe, root, output, progress)
+    with Bars() as progress:
+        run_recipe(recipe, root, output, progress)
     """
 
     def __init__(self):

@@ -278,7 +278,7 @@ def _essence(settings: Any) -> Any:
 
 
 def _transpose(matrix: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Writes the transpose into `out`, cast to its dtype, block by block to fit the cache: five times as fast."""
+    """Writes the transpose into `out`, cast to its dtype, block by block to fit the cache, which is faster."""
     size = 256
     for i in range(0, matrix.shape[0], size):
         for j in range(0, matrix.shape[1], size):

@@ -138,7 +138,7 @@ def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[ja
         if unembed_VD.dtype == jnp.bfloat16:  # its exponents hold the smallest probabilities; float16's would not
             dlogits_CV = dlogits_CV.astype(jnp.bfloat16)
         # No loss, no gradient. The select also keeps the arithmetic before it out of the product: XLA's CPU compiler
-        # was seen to fuse all of `_below_mean` into it and to take three times as long.
+        # was seen to fuse all of `_below_mean` into it and to take far longer.
         dlogits_CV = jnp.where(jnp.isnan(loss_C)[:, None], jnp.nan, dlogits_CV)
         grad_CD = jnp.einsum("cv,vd->cd", dlogits_CV, unembed_VD, **dot_settings(dlogits_CV, unembed_VD))
         return loss_C, grad_CD / how.temperature

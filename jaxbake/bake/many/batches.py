@@ -66,10 +66,7 @@ def _sizes(member: Any) -> dict[str, int]:
 def _said(base: Base, batches: Batches, prefix: Prefix | None, matched: int) -> np.ndarray:
     """A teacher's hidden states at every matched token [matched, D], in the order of `Batch.source`."""
     table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
-    for n in range(-(-len(batches.examples) // batches.batch_size)):
-        batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
-        hidden = single._teacher_hidden(base.params, batch.teacher, prefix, base.config)
-        table[batch.source[batch.source >= 0]] = np.asarray(hidden)[batch.source >= 0]
+    single.ask_once(base, batches, prefix, table)
     return table
 
 
@@ -116,16 +113,16 @@ class Rows:
         rows = batch.source.shape[0] // len(places)
         if all(i in self._starts for i in places):
             offset = np.repeat([self._starts[i] for i in places], rows).astype(np.int32)[:, None]
-            return single._rows(self._table, np.where(batch.source >= 0, batch.source + offset, 0))
+            return single.take_rows(self._table, np.where(batch.source >= 0, batch.source + offset, 0))
         parts = []
         for place, i in enumerate(places):
             if i in self._starts:
                 source = batch.source[place * rows : (place + 1) * rows]
-                parts.append(single._rows(self._table, np.where(source >= 0, source + self._starts[i], 0)))
+                parts.append(single.take_rows(self._table, np.where(source >= 0, source + self._starts[i], 0)))
             else:
                 view = self._members[i].batch(n).teacher
                 view = View(*(padded(getattr(view, name), rows) for name in View.__dataclass_fields__))
-                parts.append(single._teacher_hidden(self._base.params, view, self._prompts[i], self._base.config))
+                parts.append(single.teacher_hidden_of(self._base.params, view, self._prompts[i], self._base.config))
         return jnp.concatenate(parts)
 
 
@@ -141,7 +138,7 @@ class Evaluation:
         for i, batches in enumerate(own):
             found = []
             for batch in batches.all():
-                hidden = single._teacher_hidden(base.params, batch.teacher, prompts[i], base.config)
+                hidden = single.teacher_hidden_of(base.params, batch.teacher, prompts[i], base.config)
                 found.append((batch, hidden))
             prompts.forget(i)
             self._parts.append(found)

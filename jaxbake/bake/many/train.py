@@ -22,7 +22,7 @@ from jaxbake.bake.many.batches import Evaluation, Rows
 from jaxbake.bake.many.step import hyper, init_states, keep, make_many_eval, make_many_step, member_state
 from jaxbake.bake.progress import Progress
 from jaxbake.bake.step import BakeState
-from jaxbake.bake.train import Trained, _Best, _diverged, _TensorBoard
+from jaxbake.bake.train import Best, TensorBoard, Trained, diverged
 from jaxbake.config import BakeConfig
 from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta, target_slots
@@ -59,7 +59,7 @@ class _Seat:
         self.member, self.settings = member, member.config.train
         lora = member.config.lora
         self.like = Delta(dict.fromkeys(target_slots(base.config, lora)), jnp.float32(lora.scale), lora)
-        self.best = _Best() if seen is None else _Best(seen["kl"], int(seen["step"]), int(seen["since"]))
+        self.best = Best() if seen is None else Best(seen["kl"], int(seen["step"]), int(seen["since"]))
         self.ended: int | None = None if seen is None or seen["ended"] < 0 else int(seen["ended"])
         self.error: TrainingDiverged | None = None
         self.said = None if seen is None else seen["error"]
@@ -67,7 +67,7 @@ class _Seat:
             member.runs.note(responses=member.runs.rows[-1]["responses"], step=resumed)
         self.log = MetricsLog(member.folder and member.folder / layout.METRICS, resumed)
         board = member.folder and self.settings.tensorboard
-        self._board = _TensorBoard(member.folder / layout.TENSORBOARD) if board else None
+        self._board = TensorBoard(member.folder / layout.TENSORBOARD) if board else None
 
     @property
     def idle(self) -> bool:
@@ -263,7 +263,7 @@ def _failed(seat: _Seat, number: int, row: dict, state: BakeState) -> TrainingDi
     member = seat.member
     try:
         with Checkpoints(member.folder / layout.CHECKPOINTS) if member.folder else nullcontext() as checkpoints:
-            _diverged(number, row, state, seat.best, checkpoints, member.config)
+            diverged(number, row, state, seat.best, checkpoints, member.config)
     except TrainingDiverged as error:
         return error
     raise AssertionError("unreachable")
