@@ -19,11 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbake.chip import chip
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings, has_kernel, prepare, soft_logits
+from jaxbake.objectives.coarse import coarse_logits, spread_gradient
+from jaxbake.objectives.inputs import Divergence, Heads, Tokens, TopK, dot_settings, has_kernel, prepare, soft_logits
 from jaxbake.objectives.spread import map_on_mesh, vocab_axes
-
-Axes = tuple[str, ...]
-ABSENT = -1e30
+from jaxbake.objectives.sums import ABSENT, Axes, normaliser, vocab_sum
 
 
 def fused_kl(
@@ -41,6 +40,7 @@ def fused_kl(
     beta: float = 0.5,
     chunk_size: int | None = None,
     implementation: str = "auto",
+    teacher_top: TopK | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum over tokens of the divergence between teacher and student, and the sum of the weights.
 
@@ -71,6 +71,9 @@ def fused_kl(
         a chunk's two arrays of logits and nothing more of that size; "pallas_recompute", which keeps none at 5/3 of
         the products. Where there is no TPU or GPU they are interpreted. "auto" is "pallas" on a TPU where there is a
         kernel for it (forward, bfloat16 or float32), else "xla". Undifferentiated values are always "xla".
+      teacher_top: the teacher's k most likely tokens (`top_k_of`) in place of its hidden states; the divergence is then
+        that over k + 1 outcomes, these tokens and all others together: at most the full one, and equal for k = V. Its
+        probabilities are those at `temperature` already.
 
     Returns:
       (sum, count), scalars of float32 (float64 if an input is).
@@ -82,6 +85,7 @@ def fused_kl(
         student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N,
         targets_N=targets_N, divergence=divergence, temperature=temperature, softcap=softcap,
         teacher_softcap=teacher_softcap, beta=beta, chunk_size=chunk_size, implementation=implementation,
+        teacher_top=teacher_top,
     )  # fmt: skip
     return jnp.sum(weights_N * _token_losses(how, tokens, heads)), jnp.sum(weights_N)
 
@@ -98,7 +102,8 @@ def fused_metrics(
 
     Returns:
       `kl` and `reverse_kl` (nats), `agreement` (1 where the two most probable tokens are the same), `student_entropy`
-      and `teacher_entropy` (nats), each summed over tokens times weights, and `count`, the sum of the weights.
+      and `teacher_entropy` (nats), each summed over tokens times weights, and `count`, the sum of the weights. With a
+      `teacher_top`, divergences and entropies are those over its k + 1 outcomes.
 
     Raises:
       JaxbakeError: as `fused_kl`.
@@ -107,26 +112,32 @@ def fused_metrics(
     how, tokens, heads, weights_N = prepare(*args, **{**settings, "divergence": "forward"})
 
     def measure(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[dict[str, jax.Array], None]:
-        s_CV, t_CV = _student_logits(how, tokens, heads), _teacher_logits(how, tokens, heads)
-        log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, how.axes)
+        s_CV, axes = _student_logits(how, tokens, heads), how.axes
+        most_likely_C = _argmax(s_CV, axes, heads.first)
+        if tokens.top is None:
+            t_CV = _teacher_logits(how, tokens, heads)
+            same_C = most_likely_C == _argmax(t_CV, axes, heads.first)
+        else:
+            same_C = most_likely_C == tokens.top.ids[:, 0]
+            s_CV, t_CV, axes = coarse_logits(s_CV, tokens.top.ids, heads, axes)[0], _top_logits(tokens.top), ()
+        log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
         q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
-        same_C = _argmax(s_CV, how.axes, heads.first) == _argmax(t_CV, how.axes, heads.first)
         return {
-            "kl": _sum(_kl_terms(p_CV, q_CV, log_ratio_CV), how.axes),
-            "reverse_kl": _sum(_kl_terms(q_CV, p_CV, -log_ratio_CV), how.axes),
+            "kl": vocab_sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axes),
+            "reverse_kl": vocab_sum(_kl_terms(q_CV, p_CV, -log_ratio_CV), axes),
             "agreement": same_C.astype(s_CV.dtype),
-            "student_entropy": -_sum(q_CV * log_q_CV, how.axes),
-            "teacher_entropy": -_sum(p_CV * log_p_CV, how.axes),
+            "student_entropy": -vocab_sum(q_CV * log_q_CV, axes),
+            "teacher_entropy": -vocab_sum(p_CV * log_p_CV, axes),
         }, None
 
-    per_token = lax.stop_gradient(_map(measure, how, tokens, heads)[0])
+    per_token = lax.stop_gradient(map_tokens(measure, how, tokens, heads)[0])
     return {name: jnp.sum(weights_N * x_N) for name, x_N in per_token.items()} | {"count": jnp.sum(weights_N)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
     """The divergence at each token [N]."""
-    return _map(lambda *chunk: (_chunk_loss(*chunk)[0], None), how, tokens, heads)[0]
+    return map_tokens(lambda *chunk: (_chunk_loss(*chunk)[0], None), how, tokens, heads)[0]
 
 
 def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
@@ -143,12 +154,14 @@ def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[ja
         grad_CD = jnp.einsum("cv,vd->cd", dlogits_CV, unembed_VD, **dot_settings(dlogits_CV, unembed_VD))
         return loss_C, grad_CD / how.temperature
 
-    return _map(loss_and_grad, how, tokens, heads)
+    return map_tokens(loss_and_grad, how, tokens, heads)
 
 
 def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
     """The kernel for a chunk's loss and gradient on the chip at hand, or None; `fused_kl` has the rule."""
     here = chip()
+    if tokens.top is not None:
+        return None
     if how.implementation == "auto":
         operands = [x for x in (*tokens[:2], *heads[:2]) if x is not None]
         if not (here.platform == "tpu" and here.alone and has_kernel(how.name, operands)):
@@ -177,19 +190,34 @@ def _chunk_loss(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Arra
     s_CV = _student_logits(how, tokens, heads)
     if how.name == "cross_entropy":
         loss_C, dlogits_CV = _cross_entropy(s_CV, tokens.targets_N, how.axes, heads)
+    elif tokens.top is None:
+        loss_C, dlogits_CV = _divergence(how, s_CV, _teacher_logits(how, tokens, heads), how.axes)
     else:
-        t_CV = _teacher_logits(how, tokens, heads)
-        match how.name:
-            case "forward":
-                loss_C, dlogits_CV = _forward(s_CV, t_CV, how.axes)
-            case "reverse":
-                loss_C, dlogits_CV = _reverse(s_CV, t_CV, how.axes)
-            case "jsd":
-                loss_C, dlogits_CV = _jensen_shannon(s_CV, t_CV, how.beta, how.axes)
+        ids_CK = tokens.top.ids
+        coarse_CK, shares_CV = coarse_logits(s_CV, ids_CK, heads, how.axes)
+        loss_C, dcoarse_CK = _divergence(how, coarse_CK, _top_logits(tokens.top), ())
+        dlogits_CV = spread_gradient(dcoarse_CK, shares_CV, ids_CK, heads)
     if how.softcap is not None:
         capped_CV = s_CV if heads.valid is None else jnp.where(heads.real_V, s_CV, 0)
         dlogits_CV *= 1 - jnp.square(capped_CV * (how.temperature / how.softcap))
     return loss_C, dlogits_CV
+
+
+def _divergence(how: Divergence, s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """The divergence [C] between softmaxes of logits, and its derivative by the student's."""
+    match how.name:
+        case "forward":
+            return _forward(s_CV, t_CV, axes)
+        case "reverse":
+            return _reverse(s_CV, t_CV, axes)
+        case "jsd":
+            return _jensen_shannon(s_CV, t_CV, how.beta, axes)
+    raise ValueError(f"unknown divergence {how.name}")
+
+
+def _top_logits(top: TopK) -> jax.Array:
+    """The teacher's logits of k + 1 outcomes, the others' last."""
+    return jnp.concatenate([top.log_probs, jnp.maximum(top.log_tail, ABSENT)[:, None]], axis=-1)
 
 
 def _student_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
@@ -210,14 +238,14 @@ def _forward(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, j
     """KL(p || q) [C] and its derivative by the student's logits, q - p."""
     log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
     q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
-    return _sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axes), q_CV - p_CV
+    return vocab_sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axes), q_CV - p_CV
 
 
 def _reverse(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """KL(q || p) [C] and its derivative, q (log q/p - its mean under q)."""
     log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
     q_CV = jnp.exp(log_q_CV)
-    loss_C = _sum(_kl_terms(q_CV, jnp.exp(log_p_CV), -log_ratio_CV), axes)
+    loss_C = vocab_sum(_kl_terms(q_CV, jnp.exp(log_p_CV), -log_ratio_CV), axes)
     return loss_C, q_CV * _below_mean(log_ratio_CV, q_CV, axes)
 
 
@@ -232,19 +260,19 @@ def _jensen_shannon(s_CV: jax.Array, t_CV: jax.Array, beta: float, axes: Axes) -
     softplus_CV = jnp.maximum(x_CV, 0) + jnp.log1p(jnp.exp(-jnp.abs(x_CV)))
     to_p_CV = _kl_terms(p_CV, m_CV, x_CV - softplus_CV - math.log(beta))
     to_q_CV = _kl_terms(q_CV, m_CV, -softplus_CV - math.log1p(-beta))
-    loss_C = _sum(beta * to_p_CV + (1 - beta) * to_q_CV, axes)
+    loss_C = vocab_sum(beta * to_p_CV + (1 - beta) * to_q_CV, axes)
     return loss_C, (1 - beta) * q_CV * _below_mean(softplus_CV, q_CV, axes)
 
 
 def _cross_entropy(s_CV: jax.Array, targets_C: jax.Array, axes: Axes, heads: Heads) -> tuple[jax.Array, jax.Array]:
     """-log q(target) [C] and its derivative, q - onehot(target)."""
-    max_C1, log_sum_C1 = _normaliser(s_CV, axes)
+    max_C1, log_sum_C1 = normaliser(s_CV, axes)
     ids_V = jnp.arange(s_CV.shape[-1]) + (0 if heads.first is None else heads.first)
     hit_CV = ids_V == targets_C[:, None]
     if heads.valid is not None:
         hit_CV &= heads.real_V
-    target_C = _sum(jnp.where(hit_CV, s_CV, 0), axes)
-    known_C = _sum(hit_CV.astype(s_CV.dtype), axes) > 0
+    target_C = vocab_sum(jnp.where(hit_CV, s_CV, 0), axes)
+    known_C = vocab_sum(hit_CV.astype(s_CV.dtype), axes) > 0
     loss_C = jnp.where(known_C, (max_C1[:, 0] - target_C) + log_sum_C1[:, 0], jnp.nan)
     return loss_C, jnp.exp((s_CV - max_C1) - log_sum_C1) - hit_CV
 
@@ -255,8 +283,8 @@ def _below_mean(x_CV: jax.Array, q_CV: jax.Array, axes: Axes) -> jax.Array:
     The mean is taken in two steps. Where one token has nearly all of q, its distance from the mean is far smaller than
     the mean's rounding, and every row's q sums to 1 up to rounding only; centred, neither does harm.
     """
-    centred_CV = x_CV - _sum(q_CV * x_CV, axes)[:, None]
-    return _sum(q_CV * centred_CV, axes)[:, None] - centred_CV
+    centred_CV = x_CV - vocab_sum(q_CV * x_CV, axes)[:, None]
+    return vocab_sum(q_CV * centred_CV, axes)[:, None] - centred_CV
 
 
 def _kl_terms(a_CV: jax.Array, b_CV: jax.Array, log_ratio_CV: jax.Array) -> jax.Array:
@@ -274,28 +302,10 @@ def _kl_terms(a_CV: jax.Array, b_CV: jax.Array, log_ratio_CV: jax.Array) -> jax.
 
 def _log_softmaxes(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log q, log p and log p/q, the last from the difference of the logits, which is exact where they are close."""
-    s_max_C1, s_log_sum_C1 = _normaliser(s_CV, axes)
-    t_max_C1, t_log_sum_C1 = _normaliser(t_CV, axes)
+    s_max_C1, s_log_sum_C1 = normaliser(s_CV, axes)
+    t_max_C1, t_log_sum_C1 = normaliser(t_CV, axes)
     shift_C1 = (t_max_C1 - s_max_C1) + (t_log_sum_C1 - s_log_sum_C1)
     return (s_CV - s_max_C1) - s_log_sum_C1, (t_CV - t_max_C1) - t_log_sum_C1, (t_CV - s_CV) - shift_C1
-
-
-def _normaliser(logits_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """The logits' maximum and the log of the sum of exp(logits - maximum) [C, 1].
-
-    Kept apart, since their sum would round away digits of the smaller one. The barrier makes what follows subtract the
-    maximum anew: a CPU does so faster than it writes [C, V] differences out and reads them again.
-    """
-    max_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
-    max_C1 = lax.pmax(max_C1, axes) if axes else max_C1
-    log_sum_C1 = jnp.log(_sum(jnp.exp(logits_CV - max_C1), axes))[:, None]
-    return lax.optimization_barrier((max_C1, log_sum_C1))
-
-
-def _sum(x_CV: jax.Array, axes: Axes) -> jax.Array:
-    """The sum over the vocabulary [C], wherever it lies."""
-    x_C = jnp.sum(x_CV, axis=-1)
-    return lax.psum(x_C, axes) if axes else x_C
 
 
 def _argmax(x_CV: jax.Array, axes: Axes, first: jax.Array | None) -> jax.Array:
@@ -308,7 +318,7 @@ def _argmax(x_CV: jax.Array, axes: Axes, first: jax.Array | None) -> jax.Array:
     return lax.pmin(jnp.where(here_C, at_C + first, jnp.iinfo(at_C.dtype).max), axes)
 
 
-def _map(
+def map_tokens(
     f: Callable[[Divergence, Tokens, Heads], tuple[Any, Any]], how: Divergence, tokens: Tokens, heads: Heads
 ) -> tuple[Any, Any]:
     """`f` over chunks of tokens, and on a mesh over parts of the vocabulary: see `spread.map_on_mesh`."""

@@ -36,12 +36,26 @@ class Divergence:
     """The mesh axes over which the logits at hand are a part of the vocabulary."""
 
 
+class TopK(NamedTuple):
+    """A teacher's distribution over k + 1 outcomes: its k most likely tokens, and all others together.
+
+    ids: int32 [..., k]. log_probs: [..., k]. log_tail: [...], the log of the others' mass; as little as there is, and
+    far below any rounding (`sums.ABSENT`) where there are no others (k = V).
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+    log_tail: jax.Array
+
+
 class Tokens(NamedTuple):
-    """Rows of tokens; those of weight 0 hold zeros. Teacher's leaves are None for cross-entropy, targets otherwise."""
+    """Rows of tokens; those of weight 0 hold zeros. Of the teacher there is one: hidden states, its top k, or, for
+    cross-entropy, targets."""
 
     hidden_ND: jax.Array
     teacher_hidden_NE: jax.Array | None
     targets_N: jax.Array | None
+    top: TopK | None = None
 
 
 class Heads(NamedTuple):
@@ -88,6 +102,7 @@ def prepare(
     beta: float = 0.5,
     chunk_size: int | None = None,
     implementation: str = "auto",
+    teacher_top: TopK | None = None,
 ) -> tuple[Divergence, Tokens, Heads, jax.Array]:
     """Checks the arguments of `fused_kl` and gives (settings, tokens, heads, weights [N] in the dtype of the loss).
 
@@ -120,7 +135,7 @@ def prepare(
     student_hidden_ND, student_unembed_VD = jnp.asarray(student_hidden_ND), jnp.asarray(student_unembed_VD)
     lead = _check_head("student", student_hidden_ND, student_unembed_VD)
     if divergence == "cross_entropy":
-        teacher_hidden_ND = teacher_unembed_VD = None
+        teacher_hidden_ND = teacher_unembed_VD = teacher_top = None
         if targets_N is None:
             raise JaxbakeError("targets_N is missing: divergence 'cross_entropy' needs token ids")
         targets_N = jnp.asarray(targets_N)
@@ -129,8 +144,13 @@ def prepare(
         _check_lead("targets_N", targets_N.shape, lead)
     else:
         targets_N = None
-        if teacher_hidden_ND is None:
+        if teacher_hidden_ND is None and teacher_top is None:
             raise JaxbakeError(f"teacher_hidden_ND is missing: divergence '{divergence}' needs a teacher")
+    if teacher_top is not None:
+        if teacher_hidden_ND is not None or teacher_unembed_VD is not None:
+            raise JaxbakeError("teacher_top is given beside the teacher's hidden states or unembedding; give one")
+        teacher_top = _checked_top(teacher_top, lead, student_unembed_VD.shape[0])
+    elif divergence != "cross_entropy":
         teacher_hidden_ND = jnp.asarray(teacher_hidden_ND)
         teacher_unembed_VD = None if teacher_unembed_VD is None else jnp.asarray(teacher_unembed_VD)
         head_VE = student_unembed_VD if teacher_unembed_VD is None else teacher_unembed_VD
@@ -144,10 +164,12 @@ def prepare(
     _check_lead("weights_N", weights_N.shape, lead)
 
     operands = jax.tree.leaves((student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD))
-    if implementation.startswith("pallas") and not has_kernel(divergence, operands):
+    if implementation.startswith("pallas") and (teacher_top is not None or not has_kernel(divergence, operands)):
+        teacher = " of a teacher's top k" if teacher_top is not None else ""
         raise JaxbakeError(
             f"implementation '{implementation}' has a kernel for divergence 'forward' in bfloat16 or float32 only; "
-            f"here it is '{divergence}' in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' or 'xla'"
+            f"here it is '{divergence}'{teacher} in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' "
+            "or 'xla'"
         )
     weights_N = weights_N.reshape(-1).astype(jnp.result_type(jnp.float32, *operands))
     counted_N = weights_N != 0
@@ -171,7 +193,11 @@ def prepare(
         implementation,
         mesh,
     )
-    tokens = Tokens(rows(student_hidden_ND, 1), lax.stop_gradient(rows(teacher_hidden_ND, 1)), rows(targets_N, 0))
+    if teacher_top is not None:
+        ids, log_probs, log_tail = teacher_top
+        teacher_top = lax.stop_gradient(TopK(rows(ids, 1), rows(log_probs, 1), rows(log_tail, 0)))
+    teacher_hidden_NE = lax.stop_gradient(rows(teacher_hidden_ND, 1))
+    tokens = Tokens(rows(student_hidden_ND, 1), teacher_hidden_NE, rows(targets_N, 0), teacher_top)
     return settings, tokens, lax.stop_gradient(Heads(student_unembed_VD, teacher_unembed_VD)), weights_N
 
 
@@ -214,6 +240,24 @@ def _check_head(who: str, hidden: jax.Array, unembed: jax.Array) -> tuple[int, .
             "[vocabulary, width]"
         )
     return hidden.shape[:-1]
+
+
+def _checked_top(top: TopK, lead: tuple[int, ...], vocabulary: int) -> TopK:
+    """The top k as arrays, once they are known to fit each other, the tokens and the vocabulary."""
+    top = TopK(*map(jnp.asarray, top))
+    if top.ids.ndim < 1 or top.ids.shape != top.log_probs.shape or not jnp.issubdtype(top.ids.dtype, jnp.integer):
+        raise JaxbakeError(
+            f"teacher_top: ids are {top.ids.dtype} {top.ids.shape} and log_probs {top.log_probs.shape}; they must be "
+            "whole numbers and as many probabilities [..., k]"
+        )
+    if not 1 <= top.ids.shape[-1] <= vocabulary:
+        raise JaxbakeError(f"teacher_top: k is {top.ids.shape[-1]}; it must be from 1 to the vocabulary's {vocabulary}")
+    for name, x in (("log_probs", top.log_probs), ("log_tail", top.log_tail)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise JaxbakeError(f"teacher_top.{name} is {x.dtype}; it must be of a floating point type")
+    _check_lead("teacher_top.ids", top.ids.shape[:-1], lead)
+    _check_lead("teacher_top.log_tail", top.log_tail.shape, lead)
+    return top
 
 
 def _check_lead(name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:

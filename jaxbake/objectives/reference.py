@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxbake.objectives.inputs import prepare, soft_logits
+from jaxbake.objectives.inputs import TopK, prepare, soft_logits
 
 
 def reference_kl(
@@ -26,10 +26,13 @@ def reference_kl(
     log_q_NV = jax.nn.log_softmax(logits_NV)
     if how.name == "cross_entropy":
         return jnp.sum(weights_N * cross_entropy(log_q_NV, tokens.targets_N)), jnp.sum(weights_N)
-    teacher_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
-    log_p_NV = jax.nn.log_softmax(
-        soft_logits(tokens.teacher_hidden_NE, teacher_VE, how.teacher_softcap, how.temperature)
-    )
+    if tokens.top is None:
+        teacher_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
+        log_p_NV = jax.nn.log_softmax(
+            soft_logits(tokens.teacher_hidden_NE, teacher_VE, how.teacher_softcap, how.temperature)
+        )
+    else:
+        log_p_NV, log_q_NV = over_outcomes(tokens.top, log_q_NV)
     match how.name:
         case "forward":
             loss_N = kl(log_p_NV, log_q_NV)
@@ -38,6 +41,17 @@ def reference_kl(
         case "jsd":
             loss_N = jensen_shannon(log_p_NV, log_q_NV, how.beta)
     return jnp.sum(weights_N * loss_N), jnp.sum(weights_N)
+
+
+def over_outcomes(top: TopK, log_q_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p and log q over the teacher's k tokens and, where there are others, all those together [N, k + 1]."""
+    rows_N1 = jnp.arange(log_q_NV.shape[0])[:, None]
+    log_p_NK, log_q_NK = top.log_probs, log_q_NV[rows_N1, top.ids]
+    if top.ids.shape[1] < log_q_NV.shape[1]:
+        log_tail_N = jax.nn.logsumexp(log_q_NV.at[rows_N1, top.ids].set(-jnp.inf), axis=-1)
+        log_p_NK = jnp.concatenate([log_p_NK, top.log_tail[:, None]], axis=-1)
+        log_q_NK = jnp.concatenate([log_q_NK, log_tail_N[:, None]], axis=-1)
+    return log_p_NK, log_q_NK
 
 
 def kl(log_p_NV: jax.Array, log_q_NV: jax.Array) -> jax.Array:
