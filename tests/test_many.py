@@ -26,6 +26,7 @@ from jaxbake.deltas.lora import Delta, delta_digest, init_delta
 from jaxbake.deltas.many import for_rows, one_of, stack
 from jaxbake.errors import JaxbakeError, TrainingDiverged
 from jaxbake.models.decoder import forward
+from jaxbake.models.linear import linear
 from jaxbake.models.spec import ModelConfig, init_params
 
 COOK = replace(
@@ -183,6 +184,30 @@ def test_rows_take_their_own_delta(tiny_config, tiny_params):
         for row, m in enumerate(which):
             single = run(tiny_params, deltas[m], tokens[row : row + 1], config=tiny_config)
             np.testing.assert_allclose(together[row], single[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_the_gradients_are_those_of_the_plain_formula(dtype, tolerance):
+    """Of tokens, factors and scales; three deltas of rank 2, rows of two each."""
+    shapes = (6, 5, 8), (3, 8, 2), (3, 2, 7), (8, 7)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    x, a, b, weight = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
+    scale, target = jnp.array([0.5, 2.0, -1.0]), jax.random.normal(jax.random.key(9), (6, 5, 7))
+
+    def ours(x, a, b, scale):
+        return linear(x, {"w": weight}, "w", {"w": {"a": a, "b": b}}, scale)
+
+    def plain(x, a, b, scale):
+        x, a, b, w = (z.astype(jnp.float32) for z in (x, a, b, weight))
+        rows = [x[2 * m : 2 * m + 2] @ (w + scale[m] * a[m] @ b[m]) for m in range(3)]
+        return jnp.concatenate(rows)
+
+    def gradients(f):
+        return jax.grad(lambda *given: jnp.sum(f(*given) * target), argnums=(0, 1, 2, 3))(x, a, b, scale)
+
+    for got, want in zip(gradients(ours), gradients(plain), strict=True):
+        bound = tolerance * float(jnp.abs(want).max())
+        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=bound, rtol=0)
 
 
 def test_a_delta_comes_out_of_the_stack_as_it_went_in(tiny_config):

@@ -120,25 +120,32 @@ def _product(x_BTI: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
 
 
 @jax.custom_vjp
-def _many_low_rank(x_MNI: jax.Array, a_MIR: jax.Array, b_MRO: jax.Array) -> jax.Array:
-    """`(x @ A) @ B` of M deltas, each over the tokens of its own rows; accumulated as `einsum` does."""
-    return _many_low_rank_fwd(x_MNI, a_MIR, b_MRO)[0]
+def _many_low_rank(x_MNI: jax.Array, a_MIR: jax.Array, b_MRO: jax.Array, scale_M: jax.Array) -> jax.Array:
+    """`scale * (x @ A) @ B` of M deltas, each over the tokens of its own rows; accumulated as `einsum` does.
+
+    Only what has the rank as its width is scaled, forward and backward.
+    """
+    return _many_low_rank_fwd(x_MNI, a_MIR, b_MRO, scale_M)[0]
 
 
-def _many_low_rank_fwd(x_MNI, a_MIR, b_MRO):
-    low_MNR = einsum("mni,mir->mnr", x_MNI, a_MIR).astype(x_MNI.dtype)
-    return einsum("mnr,mro->mno", low_MNR, b_MRO), (x_MNI, a_MIR, b_MRO, low_MNR)
+def _many_low_rank_fwd(x_MNI, a_MIR, b_MRO, scale_M):
+    low_MNR = checkpoint_name(einsum("mni,mir->mnr", x_MNI, a_MIR), LINEAR)  # so narrow that it is kept, too
+    scaled_MNR = (scale_M[:, None, None] * low_MNR).astype(x_MNI.dtype)
+    return einsum("mnr,mro->mno", scaled_MNR, b_MRO), (x_MNI, a_MIR, b_MRO, scale_M, low_MNR)
 
 
 def _many_low_rank_bwd(saved, grad_MNO):
-    x_MNI, a_MIR, b_MRO, low_MNR = saved
-    dtype = x_MNI.dtype
+    x_MNI, a_MIR, b_MRO, scale_M, low_MNR = saved
+    dtype, scale_M11 = x_MNI.dtype, scale_M[:, None, None]
     grad_MNO = grad_MNO.astype(dtype)
-    grad_low_MNR = einsum("mno,mro->mnr", grad_MNO, b_MRO).astype(dtype)
+    grad_scaled_MNR = einsum("mno,mro->mnr", grad_MNO, b_MRO)
+    grad_low_MNR = (scale_M11 * grad_scaled_MNR).astype(dtype)
     # The rank as rows of the result: the other way round a CPU is several times slower.
-    grad_a_MRI = einsum("mnr,mni->mri", grad_low_MNR, x_MNI).astype(dtype)
-    grad_b_MRO = einsum("mnr,mno->mro", low_MNR, grad_MNO).astype(dtype)
-    return einsum("mnr,mir->mni", grad_low_MNR, a_MIR).astype(dtype), grad_a_MRI.swapaxes(1, 2), grad_b_MRO
+    grad_a_MRI = jax.lax.optimization_barrier(einsum("mnr,mni->mri", grad_low_MNR, x_MNI))
+    grad_b_MRO = einsum("mnr,mno->mro", (scale_M11 * low_MNR).astype(dtype), grad_MNO)
+    grad_x_MNI = einsum("mnr,mir->mni", grad_low_MNR, a_MIR)
+    grad_scale_M = jnp.sum(grad_scaled_MNR * low_MNR, axis=(1, 2))  # dropped by the compiler where nobody asks for it
+    return grad_x_MNI.astype(dtype), grad_a_MRI.swapaxes(1, 2).astype(dtype), grad_b_MRO.astype(dtype), grad_scale_M
 
 
 _many_low_rank.defvjp(_many_low_rank_fwd, _many_low_rank_bwd)
@@ -172,6 +179,6 @@ def linear(x_BTI: jax.Array, layer: dict, slot: str, delta: dict | None = None, 
             low = einsum("bti,ir->btr", x_BTI, a).astype(dtype)
             y = y + (scale * einsum("btr,ro->bto", low, b)).astype(dtype)
         else:
-            change = _many_low_rank(x_BTI.reshape(a.shape[0], -1, a.shape[1]), a, b)
-            y = y + (scale[:, None, None] * change).astype(dtype).reshape(y.shape)
+            change = _many_low_rank(x_BTI.reshape(a.shape[0], -1, a.shape[1]), a, b, scale)
+            y = y + change.astype(dtype).reshape(y.shape)
     return checkpoint_name(y, LINEAR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,19 +55,31 @@ def hyper(configs: Sequence[BakeConfig]) -> Hyper:
     )  # fmt: skip
 
 
-def _optimizer(member: Hyper) -> optax.GradientTransformation:
-    """`step.make_optimizer` with settings that are traced; the same form of state."""
-    return optax.chain(
-        optax.clip_by_global_norm(member.clip_norm),
-        optax.scale_by_adam(member.b1, member.b2, member.eps),
-        optax.add_decayed_weights(member.weight_decay),
-        optax.scale_by_learning_rate(lambda count: member.rates[jnp.minimum(count, member.rates.size - 1)]),
+def _wide(tree: Any) -> Any:
+    """What each member has one of, [M], as it meets factors: [M, 1, 1]."""
+    return jax.tree.map(lambda x: x[:, None, None] if x.ndim == 1 else x, tree)
+
+
+def _norms(tree: Any) -> jax.Array:
+    """The members' global norms [M] of stacked factors."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x), axis=(0, 2, 3)) for x in jax.tree.leaves(tree)))
+
+
+def _updates(hyper: Hyper, rate: jax.Array, grads: dict, norm: jax.Array, opt_state: Any, factors: dict):
+    """As the optimizer of `step.make_optimizer` makes them, with a member's settings for its part of each leaf.
+
+    Returns the updates and the new state of the optimizer, which has that one's form.
+    """
+    h, rate, norm = _wide(replace(hyper, rates=None)), _wide(rate), _wide(norm)
+    clipped = jax.tree.map(lambda g: jnp.where(norm < h.clip_norm, g, (g / norm) * h.clip_norm), grads)
+    optimizer = optax.chain(
+        optax.identity(),
+        optax.scale_by_adam(h.b1, h.b2, h.eps),
+        optax.add_decayed_weights(h.weight_decay),
+        optax.scale_by_learning_rate(lambda _: rate),
     )
-
-
-def _member_axis(tree: Any) -> Any:
-    """Where the members stand in each stacked leaf, for `jax.vmap`: after the layers in factors, in front elsewhere."""
-    return jax.tree.map(lambda x: 1 if x.ndim > 2 else 0, tree)
+    updates, opt_state = optimizer.update(clipped, _wide(opt_state), factors)
+    return updates, jax.tree.map(lambda x: x.reshape(-1) if x.ndim == 3 else x, opt_state)
 
 
 def init_states(model_config: ModelConfig, configs: Sequence[BakeConfig]) -> BakeState:
@@ -173,18 +186,13 @@ def make_many_step(
         total, count, grads = accumulated(delta, params, batch.replace(teacher=None), teacher_hidden)
         count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
-        def update(hyper, count, grads, opt_state, factors):
-            grads = jax.tree.map(lambda g: g / count, grads)
-            updates, opt_state = _optimizer(hyper).update(grads, opt_state, factors)
-            norms = optax.tree.norm(grads), optax.tree.norm(updates)
-            return optax.apply_updates(factors, updates), opt_state, norms
-
-        axes = _member_axis((grads, state.opt_state, delta.factors))
-        factors, opt_state, (grad_norm, update_norm) = jax.vmap(
-            update, in_axes=(0, 0, *axes), out_axes=(axes[2], axes[1], 0)
-        )(hyper, count, grads, state.opt_state, delta.factors)
-        loss = total / count
+        grads = jax.tree.map(lambda g: g / _wide(count), grads)
+        loss, grad_norm = total / count, _norms(grads)
+        at = jnp.minimum(state.step, hyper.rates.shape[1] - 1)
+        rate = jnp.take_along_axis(hyper.rates, at[:, None], axis=1)[:, 0]
+        updates, opt_state = _updates(hyper, rate, grads, grad_norm, state.opt_state, delta.factors)
         good = state.good & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        factors = optax.apply_updates(delta.factors, updates)
 
         def settled(new, old):
             chosen = good & active
@@ -194,8 +202,8 @@ def make_many_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": update_norm,
-            "learning_rate": jax.vmap(lambda rates, n: rates[n])(hyper.rates, state.step),
+            "update_norm": _norms(updates),
+            "learning_rate": rate,
             "tokens": count,
         }
         kept = jax.tree.map(settled, new.replace(key=None, good=None), state.replace(key=None, good=None))
