@@ -194,7 +194,10 @@ def test_fused_projections_recomputation_and_rows_split_by_tokens():
 # The objective
 
 
-@pytest.mark.parametrize("divergence", ["forward", "forward pallas", "reverse", "jsd", "cross_entropy"])
+@pytest.mark.parametrize(
+    "divergence",
+    ["forward", "forward pallas", "reverse", "jsd", "jsd pallas", "cross_entropy", "cross_entropy pallas"],
+)
 def test_the_objective_over_parts_of_the_vocabulary(divergence):
     """27 tokens and 106 words, none of which divide; a teacher of another width, both soft-capped."""
     keys = jax.random.split(jax.random.key(1), 6)

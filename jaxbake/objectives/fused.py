@@ -67,10 +67,10 @@ def fused_kl(
       beta: the teacher's share of the mixture of `jsd`, between 0 and 1.
       chunk_size: the most tokens whose logits exist at a time; see `default_chunk_size`. On accelerators some hundred
         are needed for the products to be bound by arithmetic.
-      implementation: "xla", chunks of tokens; "pallas", kernels for the forward divergence and its gradient, which keep
-        a chunk's two arrays of logits and nothing more of that size; "pallas_recompute", which keeps none at 5/3 of
-        the products. Where there is no TPU or GPU they are interpreted. "auto" is "pallas" on a TPU where there is a
-        kernel for it (forward, bfloat16 or float32), else "xla". Undifferentiated values are always "xla".
+      implementation: "xla", chunks of tokens; "pallas", kernels for a divergence and its gradient, which keep a
+        chunk's two arrays of logits and nothing more of that size; "pallas_recompute", which keeps none at 3/2 to 7/3
+        of the products. Where there is no TPU or GPU they are interpreted. "auto" is "pallas" on a TPU where there is a
+        kernel (bfloat16 or float32, no `teacher_top`), else "xla". Undifferentiated values are always "xla".
       teacher_top: the teacher's k most likely tokens (`top_k_of`) in place of its hidden states; the divergence is then
         that over k + 1 outcomes, these tokens and all others together: at most the full one, and equal for k = V. Its
         probabilities are those at `temperature` already.
@@ -164,7 +164,7 @@ def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
         return None
     if how.implementation == "auto":
         operands = [x for x in (*tokens[:2], *heads[:2]) if x is not None]
-        if not (here.platform == "tpu" and here.alone and has_kernel(how.name, operands)):
+        if not (here.platform == "tpu" and here.alone and has_kernel(operands)):
             return None
     elif how.implementation == "xla":
         return None

@@ -164,12 +164,11 @@ def prepare(
     _check_lead("weights_N", weights_N.shape, lead)
 
     operands = jax.tree.leaves((student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD))
-    if implementation.startswith("pallas") and (teacher_top is not None or not has_kernel(divergence, operands)):
+    if implementation.startswith("pallas") and (teacher_top is not None or not has_kernel(operands)):
         teacher = " of a teacher's top k" if teacher_top is not None else ""
         raise JaxbakeError(
-            f"implementation '{implementation}' has a kernel for divergence 'forward' in bfloat16 or float32 only; "
-            f"here it is '{divergence}'{teacher} in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' "
-            "or 'xla'"
+            f"implementation '{implementation}' has kernels for hidden states in bfloat16 and float32 only; here it is "
+            f"'{divergence}'{teacher} in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' or 'xla'"
         )
     weights_N = weights_N.reshape(-1).astype(jnp.result_type(jnp.float32, *operands))
     counted_N = weights_N != 0
@@ -201,9 +200,9 @@ def prepare(
     return settings, tokens, lax.stop_gradient(Heads(student_unembed_VD, teacher_unembed_VD)), weights_N
 
 
-def has_kernel(divergence: str, operands: list[jax.Array]) -> bool:
-    """Whether the kernels can: the others' gradients need means over the vocabulary, which take another sweep."""
-    return divergence == "forward" and all(x.dtype in (jnp.bfloat16, jnp.float32) for x in operands)
+def has_kernel(operands: list[jax.Array]) -> bool:
+    """Whether the kernels can."""
+    return all(x.dtype in (jnp.bfloat16, jnp.float32) for x in operands)
 
 
 def dot_settings(*operands: jax.Array) -> dict:

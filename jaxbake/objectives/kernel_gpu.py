@@ -1,14 +1,15 @@
-"""Forward KL and its gradient on GPU (Pallas, Triton), a tile of tokens and vocabulary at a time.
+"""The divergences and their gradients on GPU (Pallas, Triton), a tile of tokens and vocabulary at a time.
 
-As `objectives.kernel`, except that the last product, (q - p) @ W, is XLA's: a GPU has no memory beside its units that
+As `objectives.kernel`, except that the last product, slopes @ W, is XLA's: a GPU has no memory beside its units that
 holds the gradients of a tile of tokens. The first kernel multiplies and reduces each tile of logits while it has it;
-the second makes the divergence's terms and q - p from them in one pass. Never run on a GPU so far: interpreted, and
-lowered to Triton.
+the second makes the divergence's terms and slopes from them in one pass. A mean between the two is XLA's as well. Never
+run on a GPU so far: interpreted, and lowered to Triton.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,17 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxbake.chip import chip
 from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings
-from jaxbake.objectives.kernel import ABSENT, kl_term
+from jaxbake.objectives.sums import ABSENT, vocab_sum
+from jaxbake.objectives.terms import MEANS, Known, Sums, above_centre, find_targets, join, terms
 
 TOKENS, VOCAB, WIDTH = 64, 128, 64  # of a tile, and the step along the width; powers of two
+
+
+class _Side(NamedTuple):
+    """What makes the student's or the teacher's logits."""
+
+    hidden: Any
+    table: Any
 
 
 def loss_and_grad(
@@ -36,57 +45,57 @@ def loss_and_grad(
     interpret = chip().platform != "gpu" if interpret is None else interpret
     count, vocab = tokens.hidden_ND.shape[0], heads.student_VD.shape[0]
     valid = jnp.full((1,), vocab, jnp.int32) if valid is None else jnp.asarray(valid, jnp.int32).reshape(1)
-    tables = heads.student_VD, heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
-    states = tokens.hidden_ND, tokens.teacher_hidden_NE
     grid = (pl.cdiv(count, TOKENS), pl.cdiv(vocab, VOCAB))
     padded = (grid[0] * TOKENS, grid[1] * VOCAB)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    tile = pl.BlockSpec((TOKENS, VOCAB), lambda i, j: (i, j))
-    row = pl.BlockSpec((1, TOKENS), lambda i, j: (j, i))
-    logits = jax.ShapeDtypeStruct(padded, jnp.float32)
+    of_both = pl.BlockSpec((TOKENS, VOCAB), lambda i, j: (i, j))
+    of_tile = pl.BlockSpec((1, TOKENS), lambda i, j: (j, i))
+    of_tokens = pl.BlockSpec((TOKENS,), lambda i, j: (i,))
+    whole = jax.ShapeDtypeStruct(padded, jnp.float32)
     per_tile = jax.ShapeDtypeStruct((grid[1], padded[0]), jnp.float32)
     call = partial(pl.pallas_call, grid=grid, interpret=interpret)
-    s, t, *sums = call(
+
+    sides = [_Side(tokens.hidden_ND, heads.student_VD)]
+    if (teacher := tokens.teacher_hidden_NE) is not None:
+        sides.append(_Side(teacher, heads.student_VD if heads.teacher_VE is None else heads.teacher_VE))
+    sums = Sums(*[per_tile] * 2 * len(sides), gap=per_tile if how.name in MEANS else None)
+    logits, sums = call(
         partial(_logits_kernel, how=how, count=count),
-        in_specs=[anywhere] * 5,
-        out_specs=[tile, tile, row, row, row, row],
-        out_shape=[logits, logits] + [per_tile] * 4,
+        in_specs=[anywhere, jax.tree.map(lambda _: anywhere, sides)],
+        out_specs=([of_both] * len(sides), jax.tree.map(lambda _: of_tile, sums)),
+        out_shape=([whole] * len(sides), sums),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         name="kl_logits",
-    )(valid, *states, *tables)
-    statistics = [x for pair in (sums[:2], sums[2:]) for x in _join(*pair, axes)]
-    slopes, terms = call(
+    )(valid, sides)
+    known, found_C1 = join(how, jax.tree.map(jnp.transpose, sums), axes), None
+    if how.name == "cross_entropy":
+        targets_C = jnp.pad(tokens.targets_N, (0, padded[0] - count))
+        target_C1, found_C1 = find_targets(targets_C, heads.first, valid[0], axes)
+        known = known._replace(target=target_C1)
+    if how.name in MEANS:
+        above = jnp.where(jnp.arange(padded[1]) < valid, above_centre(how, *logits, known), 0)
+        known = known._replace(mean=vocab_sum(above, axes)[:, None])
+    slopes, losses = call(
         partial(_terms_kernel, how=how),
-        in_specs=[anywhere, tile, tile] + [pl.BlockSpec((TOKENS,), lambda i, j: (i,))] * 4,
-        out_specs=[tile, row],
-        out_shape=[jax.ShapeDtypeStruct(padded, heads.student_VD.dtype), per_tile],
+        in_specs=[anywhere, [of_both] * len(sides), jax.tree.map(lambda _: of_tokens, known)],
+        out_specs=(of_both, of_tile),
+        out_shape=(jax.ShapeDtypeStruct(padded, heads.student_VD.dtype), per_tile),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         name="kl_terms",
-    )(valid, s, t, *statistics)
-    slopes = slopes[:count, :vocab]
-    grad = jnp.einsum("cv,vd->cd", slopes, heads.student_VD, **dot_settings(slopes, heads.student_VD))
-    loss = jnp.sum(terms, axis=0)[:count]
-    return lax.psum(loss, axes) if axes else loss, grad / how.temperature
+    )(valid, logits, jax.tree.map(lambda x: x[:, 0], known))
+    slopes_CV, loss_C = slopes[:count, :vocab], vocab_sum(losses.T, axes)[:count]
+    grad_CD = jnp.einsum("cv,vd->cd", slopes_CV, heads.student_VD, **dot_settings(slopes_CV, heads.student_VD))
+    if found_C1 is not None:  # no such token: no loss and no gradient
+        found_C1 = found_C1[:count]
+        loss_C, grad_CD = jnp.where(found_C1[:, 0], loss_C, jnp.nan), jnp.where(found_C1, grad_CD, jnp.nan)
+    return loss_C, grad_CD / how.temperature
 
 
-def _join(peak_JC: jax.Array, total_JC: jax.Array, axes: tuple[str, ...]) -> list[jax.Array]:
-    """Maximum and log of the sum of exp(logit - maximum) [C], over tiles and devices."""
-    peak_C = jnp.max(peak_JC, axis=0)
-    peak_C = lax.pmax(peak_C, axes) if axes else peak_C
-    total_C = jnp.sum(total_JC * jnp.exp(peak_JC - peak_C), axis=0)
-    return [peak_C, jnp.log(lax.psum(total_C, axes) if axes else total_C)]
-
-
-def _logits_kernel(
-    valid_ref, student_ref, teacher_ref, head_ref, teacher_head_ref, s_ref, t_ref, *sums, how: Divergence, count: int
-):
+def _logits_kernel(valid_ref, sides: list[_Side], logits: list, sums: Sums, *, how: Divergence, count: int):
     i, j = pl.program_id(0), pl.program_id(1)
     real = j * VOCAB + jnp.arange(VOCAB) < valid_ref[0]
-    sides = (
-        (student_ref, head_ref, how.softcap, s_ref, *sums[:2]),
-        (teacher_ref, teacher_head_ref, how.teacher_softcap, t_ref, *sums[2:]),
-    )
-    for hidden_ref, table_ref, softcap, out_ref, peak_ref, total_ref in sides:
+    made, peaks = [], []
+    for n, (hidden_ref, table_ref) in enumerate(sides):
         width = hidden_ref.shape[1]
         dtype = jnp.promote_types(hidden_ref.dtype, table_ref.dtype)
 
@@ -104,25 +113,25 @@ def _logits_kernel(
             return x + plgpu.dot(hidden, table, trans_b=True, precision=precision)
 
         x = lax.fori_loop(0, pl.cdiv(width, WIDTH), add, jnp.zeros((TOKENS, VOCAB), jnp.float32))
+        softcap = (how.softcap, how.teacher_softcap)[n]
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
         x = jnp.where(real[None], x / how.temperature, ABSENT)
         peak = jnp.max(x, axis=1)
-        out_ref[...] = x
-        peak_ref[0, :] = peak
-        total_ref[0, :] = jnp.sum(jnp.where(real[None], jnp.exp(x - peak[:, None]), 0.0), axis=1)
+        logits[n][...] = x
+        sums[2 * n][0, :] = peak
+        sums[2 * n + 1][0, :] = jnp.sum(jnp.where(real[None], jnp.exp(x - peak[:, None]), 0.0), axis=1)
+        made.append(x)
+        peaks.append(peak)
+    if sums.gap is not None:
+        s, t = made
+        sums.gap[0, :] = jnp.max(jnp.where(s == peaks[0][:, None], t - s, -jnp.inf), axis=1)
 
 
-def _terms_kernel(
-    valid_ref, s_ref, t_ref, s_peak_ref, s_log_ref, t_peak_ref, t_log_ref, slope_ref, term_ref, *, how: Divergence
-):
-    real = pl.program_id(1) * VOCAB + jnp.arange(VOCAB) < valid_ref[0]
-    s, t = s_ref[...], t_ref[...]
-    s_peak, s_log, t_peak, t_log = (ref[...][:, None] for ref in (s_peak_ref, s_log_ref, t_peak_ref, t_log_ref))
-    q, p = jnp.exp((s - s_peak) - s_log), jnp.exp((t - t_peak) - t_log)
-    term = kl_term(p, q, (t - s) - ((t_peak - s_peak) + (t_log - s_log)))
-    slope = q - p
-    if how.softcap is not None:
-        slope *= 1 - jnp.square(s * (how.temperature / how.softcap))
-    slope_ref[...] = jnp.where(real[None], slope, 0.0).astype(slope_ref.dtype)
-    term_ref[0, :] = jnp.sum(jnp.where(real[None], term, 0.0), axis=1)
+def _terms_kernel(valid_ref, logits: list, known: Known, slope_ref, loss_ref, *, how: Divergence):
+    columns = pl.program_id(1) * VOCAB + jnp.arange(VOCAB)[None]
+    s, t = logits[0][...], logits[1][...] if len(logits) > 1 else None
+    term, slope = terms(how, s, t, jax.tree.map(lambda ref: ref[...][:, None], known), columns)
+    real = columns < valid_ref[0]
+    slope_ref[...] = jnp.where(real, slope, 0.0).astype(slope_ref.dtype)
+    loss_ref[0, :] = jnp.sum(jnp.where(real, term, 0.0), axis=1)
