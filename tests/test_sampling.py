@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -17,11 +18,22 @@ from hypothesis import strategies as st
 from jaxbake.config import LoraConfig
 from jaxbake.data.chat import prefix_ids
 from jaxbake.deltas.lora import init_delta
+from jaxbake.deltas.many import for_rows, stack
 from jaxbake.errors import JaxbakeError
+from jaxbake.models import apart
 from jaxbake.models.decoder import forward, logits_from
 from jaxbake.models.spec import init_params
 from jaxbake.sampling import engine, generate, sample, shared_prefix, stream
-from jaxbake.sampling.filters import Filters, draw, filter_logits, keep_min_p, keep_top_k, keep_top_p, make_filters
+from jaxbake.sampling.filters import (
+    BLOCK,
+    Filters,
+    draw,
+    filter_logits,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_filters,
+)
 from jaxbake.sampling.generate import bucket, prepare
 from jaxbake.sampling.text import Pieces, StopTexts, common_prefix, cut
 
@@ -130,6 +142,30 @@ def test_draws_have_the_distribution_asked_for():
     np.testing.assert_allclose(share, [*(wanted / wanted.sum()), 0, 0], atol=0.015)
 
 
+def test_draws_over_several_blocks_have_the_distribution_too():
+    vocab, rows = 2 * BLOCK + 88, 40_000  # the last block is not full
+    row = 1.5 * np.random.default_rng(3).normal(size=vocab).astype(np.float32)
+    row[[5, BLOCK, vocab - 1]] += 6  # some likely token in every block, so that each gets its share
+    row[BLOCK + 1 : BLOCK + 100] = -np.inf
+    keys = jax.random.split(jax.random.key(1), rows)
+    drawn = jax.jit(draw)(jnp.tile(row, (rows, 1)), jnp.full(rows, 1.3), keys, Filters())
+    wanted = np.exp(row / 1.3, dtype=np.float64)
+    wanted /= wanted.sum()
+    counts = np.bincount(np.asarray(drawn), minlength=vocab)
+    assert len(counts) == vocab and not counts[wanted == 0].any()
+    common = wanted * rows > 5
+    chi_square = np.sum((counts - wanted * rows)[common] ** 2 / (wanted * rows)[common])
+    assert abs(chi_square - common.sum()) < 5 * np.sqrt(2 * common.sum())  # mean and spread of a chi-square
+
+
+@pytest.mark.parametrize("vocab", [5, BLOCK, 3 * BLOCK + 1])
+def test_temperature_zero_takes_the_first_of_the_most_likely(vocab):
+    logits = np.random.default_rng(0).integers(0, 4, (64, vocab)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    for greedy in (True, False):
+        assert (draw(logits, np.zeros(64), keys, Filters(top_k=3), greedy=greedy) == logits.argmax(-1)).all()
+
+
 # The engine. Few shapes, since most of the time goes into compiling: four prompts of up to 24 tokens, 12 new ones.
 
 LENGTHS = (3, 11, 20, 1)
@@ -228,18 +264,55 @@ def test_nothing_is_compiled_again_for_like_shapes(tiny_config, tiny_params):
     assert [bucket(n, 1) for n in range(1, 9)] == [1, 2, 3, 4, 6, 6, 8, 8]
 
 
-def test_decoding_updates_the_cache_in_place(tiny_config, tiny_params):
+def decoding(apart_too):
+    """`engine.decode` traced anew, with layers laid apart or scanned."""
+
+    @functools.wraps(engine.decode.__wrapped__)
+    def decode(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(apart, "wanted", lambda params: apart_too)
+            return engine.decode.__wrapped__(*args, **kwargs)
+
+    return jax.jit(decode, static_argnames=("config", "greedy"), donate_argnames="state")
+
+
+@pytest.mark.parametrize("apart_too", [True, False])
+def test_decoding_updates_the_cache_in_place(tiny_config, tiny_params, apart_too):
     run = prepare(tiny_params, None, prompts_of(LENGTHS), config=tiny_config, max_tokens=12, temperature=0.0)
     state = jax.eval_shape(run.start)
-    shape = ",".join(map(str, state.cache.k.shape))
-    program = engine.decode.lower(
-        run.params, None, run.rows, None, run.filters, state, jnp.int32(20), config=tiny_config, greedy=True
-    ).compile()
+    layers, b, slots, heads, size = state.cache.k.shape
+    program = (
+        decoding(apart_too)
+        .lower(run.params, None, run.rows, None, run.filters, state, jnp.int32(20), config=tiny_config, greedy=True)
+        .compile()
+    )
     text = program.as_text()
-    assert f"= f32[{shape}]" in text
-    assert not [line for line in text.splitlines() if f"= f32[{shape}]" in line and " copy(" in line]
-    cache_bytes = 2 * math.prod(state.cache.k.shape) * 4
-    assert program.memory_analysis().alias_size_in_bytes >= cache_bytes
+    if apart_too:  # inside the loop over tokens nothing has all layers, and no layer's cache is copied
+        shapes = [f"{b},{heads},{size},{slots}", f"{b},{heads},{slots},{size}"]
+    else:
+        shapes = [f"{layers},{b},{slots},{heads},{size}"]
+    for shape in shapes:
+        assert f"= f32[{shape}]" in text
+        assert not [line for line in text.splitlines() if f"= f32[{shape}]" in line and " copy(" in line]
+    assert program.memory_analysis().alias_size_in_bytes >= 2 * math.prod(state.cache.k.shape) * 4
+
+
+@pytest.mark.parametrize("deltas", [None, "one", "a row's own"])
+def test_layers_laid_apart_change_nothing(windowed, delta, deltas):
+    config, params = windowed
+    if deltas is None:
+        delta = None
+    elif deltas != "one":
+        delta = for_rows(stack([delta, delta.replace(scale=-delta.scale)]), [0, 1, 1, 0])
+    before = shared_prefix(params, None, prompts_of((12,), seed=5)[0], config=config)
+    run = prepare(params, delta, prompts_of(LENGTHS), config=config, prefix=before, prefix_visible=12, max_tokens=12)
+    states = [
+        decoding(apart_too)(
+            params, delta, run.rows, before, run.filters, run.start(), jnp.int32(12), config=config, greedy=False
+        )
+        for apart_too in (True, False)
+    ]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *states)
 
 
 def test_prefill_computes_logits_for_the_last_position_only(tiny_config, tiny_params):

@@ -119,8 +119,8 @@ def _products(left_BKGTX: jax.Array, right: jax.Array, spec: str) -> jax.Array:
     if right.ndim == 3:
         rows = left_BKGTX.transpose(1, 0, 2, 3, 4).reshape(k, b * g * t, x)
         return einsum(spec, rows, right).reshape(k, b, g, t, -1).transpose(1, 0, 2, 3, 4)
-    rows = left_BKGTX.reshape(b * k, g * t, x)
-    return einsum(spec, rows, right.reshape(b * k, *right.shape[2:])).reshape(b, k, g, t, -1)
+    rows = left_BKGTX.reshape(b, k, g * t, x)
+    return einsum(spec.replace("b", "bk"), rows, right).reshape(b, k, g, t, -1)
 
 
 def _attend_xla(q_BTNH: jax.Array, blocks: list[Keys], scale: float, softcap: float | None) -> jax.Array:

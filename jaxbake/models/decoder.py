@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbake.chip import chip
 from jaxbake.mesh import AnyMesh, constrain, in_context, mesh_of
-from jaxbake.models import rope
+from jaxbake.models import apart, rope
 from jaxbake.models.attention import Keys, Seen
 from jaxbake.models.linear import LINEAR, einsum, linear
 from jaxbake.models.spec import ModelConfig
@@ -35,7 +35,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        return self.k.shape[1]
+        return self.k[0].shape[-1] if apart.is_apart(self.k) else self.k.shape[1]
 
 
 @flax.struct.dataclass
@@ -147,7 +147,8 @@ def forward_kv(
     """As `forward`, and the keys and values of these tokens: {"k", "v"} [L, B, T, K, H].
 
     With a cache, the tokens also see the cached tokens of their own row and segment; `append` stores the new ones.
-    Without `final_norm`, the first are what the last layer leaves.
+    Without `final_norm`, the first are what the last layer leaves. Layers, prefix and cache may lie apart
+    (`models.apart`): then the second are the cache's, the new ones written.
     """
     b, t = tokens_BT.shape
     segments = jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids
@@ -158,12 +159,15 @@ def forward_kv(
     if prefix is not None and prefix_visible is None:
         raise ValueError("a prefix needs prefix_visible: how many of its tokens each token sees")
 
+    in_turn = apart.is_apart(params["layers"])
     blocks = []  # what the queries see of each block of keys, in the order of `memory`, the rows' own last
     if prefix is not None:
         blocks.append(Seen(prefix_visible - 1, jnp.arange(prefix.length)))
     if cache is not None:
-        blocks.append(Seen(positions, cache.positions, segments, cache.segments))
-    blocks.append(Seen(positions, positions, segments, segments))
+        slots = _take_slots(cache, positions, segments) if in_turn else cache
+        blocks.append(Seen(positions, slots.positions, segments, slots.segments))
+    if not in_turn:
+        blocks.append(Seen(positions, positions, segments, segments))
 
     mesh = mesh_of(params)
     still = mesh is not None and stationary(b * t, config)
@@ -205,7 +209,11 @@ def forward_kv(
         q = constrain(rope.rotate(q, *table), ("batch", "seq", "heads", None), mesh)
         k = constrain(rope.rotate(k, *table), ("batch", "seq", "kv_heads", None), mesh)
         v = constrain(v, ("batch", "seq", "kv_heads", None), mesh)
-        keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
+        if in_turn:
+            k, v = apart.write(*memory["cache"], k, v, cache.index)
+            keys = [apart.seen(*kv) for kv in ([memory["prefix"]] if "prefix" in memory else []) + [(k, v)]]
+        else:
+            keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
         first = positions - info["window"] + 1 if any(windows) else None
         seen_keys = [Keys(*kv, seen._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
         y = attend_on(mesh, q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
@@ -219,7 +227,7 @@ def forward_kv(
 
     layers = params["layers"], None if delta is None else delta.factors, per_layer, memory
     with in_context(mesh):
-        x, kv = jax.lax.scan(_kept(block, remat, mesh), x, layers)
+        x, kv = apart.scan(block, x, layers) if in_turn else jax.lax.scan(_kept(block, remat, mesh), x, layers)
     return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset) if final_norm else x, kv
 
 
@@ -240,20 +248,26 @@ def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfi
 
 def append(cache: Cache, kv: dict[str, jax.Array], positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
     """The cache with these tokens written at its index; there must be room (sizes are static, the caller's to plan)."""
-    at, mesh = cache.index, mesh_of(kv)
+    if not apart.is_apart(kv["k"]):
+        kv = {name: _write(getattr(cache, name), kv[name], cache.index) for name in ("k", "v")}
+    return _take_slots(cache, positions_BT, segments_BT).replace(**kv)
 
-    def write(buffer, new):
-        start, axes = ((0, 0, at, 0, 0), CACHE_AXES) if buffer.ndim == 5 else ((0, at), CACHE_AXES[1:3])
-        new = constrain(new.astype(buffer.dtype), axes, mesh)
-        return constrain(jax.lax.dynamic_update_slice(buffer, new, start), axes, mesh)
 
-    return Cache(
-        k=write(cache.k, kv["k"]),
-        v=write(cache.v, kv["v"]),
-        positions=write(cache.positions, positions_BT),
-        segments=write(cache.segments, segments_BT),
-        index=at + positions_BT.shape[1],
+def _take_slots(cache: Cache, positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
+    """The cache with its next slots given to these tokens."""
+    return cache.replace(
+        positions=_write(cache.positions, positions_BT, cache.index),
+        segments=_write(cache.segments, segments_BT, cache.index),
+        index=cache.index + positions_BT.shape[1],
     )
+
+
+def _write(buffer: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """The buffer of a cache with tokens' entries written from slot `at` on."""
+    start, axes = ((0, 0, at, 0, 0), CACHE_AXES) if buffer.ndim == 5 else ((0, at), CACHE_AXES[1:3])
+    mesh = mesh_of(new)
+    new = constrain(new.astype(buffer.dtype), axes, mesh)
+    return constrain(jax.lax.dynamic_update_slice(buffer, new, start), axes, mesh)
 
 
 def prefix_from(params: Any, delta: Any, tokens_P: jax.Array, *, config: ModelConfig) -> Prefix:

@@ -49,10 +49,11 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _merged_linear(x_NI: jax.Array, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array, scale: jax.Array) -> jax.Array:
     """`x @ (W + scale * A @ B)`: no products of the tokens with the factors, and nothing to add to their result."""
-    return x_NI @ _add_factors(w_IO, a_IR, b_RO, scale)
+    return x_NI @ add_factors(w_IO, a_IR, b_RO, scale)
 
 
-def _add_factors(w_IO, a_IR, b_RO, scale):
+def add_factors(w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array, scale: jax.Array) -> jax.Array:
+    """`W + scale * A @ B`."""
     return w_IO + (scale * a_IR) @ b_RO
 
 
@@ -62,7 +63,7 @@ def _merged_linear_fwd(x_NI, w_IO, a_IR, b_RO, scale):
 
 def _merged_linear_bwd(saved, grad_NO):
     x_NI, w_IO, a_IR, b_RO, scale = saved
-    grad_x_NI = _dot(grad_NO, _add_factors(w_IO, a_IR, b_RO, scale), 1, 1)
+    grad_x_NI = _dot(grad_NO, add_factors(w_IO, a_IR, b_RO, scale), 1, 1)
     # Sums over tokens with the rank as rows of the result: the other way round they are several times slower.
     grad_a_RI = jax.lax.optimization_barrier(_dot(_dot(grad_NO, b_RO, 1, 1), x_NI, 0, 0))
     grad_b_RO = _dot(_dot(x_NI, a_IR, 1, 0), grad_NO, 0, 0)

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxbake.models import apart
 from jaxbake.models.decoder import Cache, Prefix, append, forward_kv, init_cache, logits_from
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling.filters import Filters, draw
@@ -133,4 +134,9 @@ def decode(
         state = state.replace(cache=append(state.cache, kv, positions, segments))
         return _pick(state, rows, logits_from(params, hidden[:, 0], config=config), filters, greedy)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    if not apart.wanted(params):
+        return jax.lax.while_loop(unfinished, step, state)
+    params, delta = apart.lay_apart(params, delta)
+    prefix = None if prefix is None else apart.turned(prefix)
+    state = jax.lax.while_loop(unfinished, step, state.replace(cache=apart.turned(state.cache)))
+    return state.replace(cache=apart.stacked(state.cache))

@@ -77,22 +77,34 @@ def filter_logits(logits: jax.Array, filters: Filters) -> jax.Array:
     return logits
 
 
+BLOCK = 256
+"""Tokens whose probabilities are summed before one of them is drawn."""
+
+
 def draw(
     logits_BV: jax.Array, temperature_B: jax.Array, keys_B: jax.Array, filters: Filters, *, greedy: bool = False
 ) -> jax.Array:
-    """One token per row, int32 [B]: by Gumbel-max with the row's own key, or the most likely where temperature is 0.
+    """One token per row, int32 [B], with the row's own key; the most likely (the first of such) where temperature is 0.
+
+    By Gumbel-max twice: a block of the vocabulary by its total weight, then a token of that block by its own. That is
+    exact, P(token) = P(block) P(token | block), and asks for V / 256 + 256 random numbers a row in place of V, which
+    on a CPU take longer than the model's layers. A token of no weight is never drawn.
 
     greedy: all temperatures are known to be 0, so that no noise is made.
     """
-    if greedy:
-        return _largest(logits_BV)
-    tempered = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(keys_B)
-    return _largest(jnp.where(temperature_B[:, None] > 0, filter_logits(tempered, filters) + noise, logits_BV))
-
-
-def _largest(x_BV: jax.Array) -> jax.Array:
-    """The first place of the largest value, int32 [B]: as argmax, which on a CPU takes several times longer."""
-    vocab = x_BV.shape[-1]
-    at_peak = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(at_peak, jnp.arange(vocab, dtype=jnp.int32), vocab - 1), axis=-1)
+    b, vocab = logits_BV.shape
+    scores = logits_BV
+    if not greedy:
+        scores = filter_logits(logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None], filters)
+    scores = jnp.pad(scores, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf).reshape(b, -1, BLOCK)
+    peaks = jnp.max(scores, axis=-1)  # of each block
+    within = jnp.zeros((b, BLOCK))
+    if not greedy:
+        weights = jnp.sum(jnp.exp(scores - jnp.max(peaks, axis=-1)[:, None, None]), axis=-1)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (peaks.shape[1] + BLOCK,), jnp.float32))(keys_B)
+        drawn = temperature_B[:, None] > 0
+        peaks = jnp.where(drawn, jnp.log(weights) + noise[:, BLOCK:], peaks)
+        within = jnp.where(drawn, noise[:, :BLOCK], 0.0)
+    block = jnp.argmax(peaks, axis=-1)
+    within = within + jnp.take_along_axis(scores, block[:, None, None], 1)[:, 0]
+    return (block * BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)
