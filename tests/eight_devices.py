@@ -254,5 +254,33 @@ def test_sampling_and_baking_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(found[name], factor, rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_many_bakes_on_a_mesh_are_those_of_one_device(tmp_path):
+    """Three members, of other ranks and slots; one ends early, and the others close up."""
+    from tiny_base import CONFIG as SMALL
+    from tiny_base import CONTEXTS, PINS, STIMULI, tiny_base, with_train
+
+    short = replace(SMALL, sampling=replace(SMALL.sampling, max_tokens=5))
+    wide = replace(short, lora=LoraConfig(rank=2, alpha=2.0, targets="all"), seed=2)
+    configs = {
+        "one": with_train(short, steps=8, checkpoint_every=4),
+        "two": with_train(wide, steps=4, checkpoint_every=4, teacher_device_gb=0.0, teacher_host_gb=0.0),
+        "three": with_train(replace(wide, seed=3), steps=4, checkpoint_every=4),
+    }
+
+    def bake(mesh, output):
+        specs = [
+            jb.BakeSpec(name, f"Be {name}.", STIMULI, replace(config, mesh=mesh), pins=PINS, contexts=CONTEXTS)
+            for name, config in configs.items()
+        ]
+        return jb.bake_many(tiny_base(), specs, output)
+
+    for one, many in zip(bake(None, None), bake("fsdp=4,tp=2", tmp_path), strict=True):
+        assert many.kl_after == pytest.approx(one.kl_after, rel=1e-4)
+        found, expected = ({k: np.asarray(v) for k, v in flat(x.delta.factors).items()} for x in (many, one))
+        for name, factor in expected.items():
+            np.testing.assert_allclose(found[name], factor, rtol=0, atol=1e-5, err_msg=name)
+    assert all(again.reused for again in bake("fsdp=4,tp=2", tmp_path))
+
+
 def flat(tree) -> dict:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}

@@ -13,11 +13,10 @@ import tiny_base as tiny
 
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import Runs, read_metrics
-from jaxbake.bake.many import batches as many_batches
 from jaxbake.bake.many.batches import Rows
 from jaxbake.bake.many.loop import BakeSpec, bake_many
+from jaxbake.bake.many.seat import Member
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
-from jaxbake.bake.many.train import Member
 from jaxbake.bakery.store import load_delta
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from jaxbake.data.batches import Batch, View
@@ -149,6 +148,7 @@ def test_what_is_finished_is_returned_and_leaves_no_states(together, tmp_path):
         ([SPECS[0], SPECS[0]], "'sailor' is there 2 times"),
         ([replace(SPECS[0], name="a/b")], "'a/b' is not fit"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, loss=LossConfig("reverse")))], "cook: .*same loss"),
+        ([SPECS[0], replace(SPECS[1], config=replace(COOK, mesh="fsdp=1"))], "cook: mesh is fsdp=1, that of 'sailor'"),
         ([SPECS[0], replace(SPECS[1], prompt=" ")], "cook: prompt"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, lora=LoraConfig(rank=99)))], "cook: lora.rank: 99"),
     ],
@@ -250,30 +250,46 @@ def test_the_step_reads_the_base_once_for_all_rows():
     assert f"{n}x{length}" in products and not [p for p in products if p in (f"{rows}x{length}", f"{rows * length}")]
 
 
-def test_teachers_asked_at_every_step_say_what_they_said_before(monkeypatch):
-    """With room for all, for the first member, and for none."""
+def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path):
+    """On the device, in memory, in the members' files, at every step anew, and each member elsewhere: all the same."""
     random, base = np.random.default_rng(0), tiny.tiny_base()
 
     def tokens(n):
         return random.integers(6, 262, n).astype(np.int32)
 
-    def member(name, config):
+    def examples():
         prompt = tokens(10)
-        examples = [
+        return [
             Example("bake", np.concatenate([prompt, tokens(3)]), tokens(4), tokens(n), np.ones(n, bool))
             for n in random.integers(2, 9, 12)
         ]
-        return Member(name, config, examples, examples[:2], None, Runs(None, {}))
 
-    members = [member("a", tiny.CONFIG), member("b", replace(COOK, seed=1))]
-    said = []
-    size = sum(int(e.mask.sum()) for e in members[0].examples) * base.config.hidden_size * 4
-    for room in (1 << 30, size, 0):
-        monkeypatch.setattr(many_batches, "TEACHER_BYTES", room)
-        rows = Rows(base, members, 1)
-        for n in (0, 3):
-            batch = rows.batch(n, [0, 1])
-            said.append(np.asarray(rows.teacher(n, [0, 1], batch))[batch.weights > 0])
-    for n in (0, 1):
-        np.testing.assert_allclose(said[2 + n], said[n], atol=1e-5)
-        np.testing.assert_allclose(said[4 + n], said[n], atol=1e-5)
+    given = [examples() for _ in range(3)]
+    sizes = [sum(int(e.mask.sum()) for e in one) * base.config.hidden_size * 4 for one in given]
+    files = [tmp_path / str(i) / "teacher" / "teacher.bin" for i in range(3)]
+
+    def said(device: int, host: int, disk: int) -> list[np.ndarray]:
+        """With budgets of so many bytes."""
+        room = dict(zip(("teacher_device_gb", "teacher_host_gb", "teacher_disk_gb"), (device, host, disk), strict=True))
+        train = {name: size / 2**30 for name, size in room.items()}
+        configs = [tiny.with_train(config, **train) for config in (tiny.CONFIG, replace(COOK, seed=1), tiny.CONFIG)]
+        members = [
+            Member(str(i), config, one, one[:2], tmp_path / str(i), Runs(None, {}))
+            for i, (config, one) in enumerate(zip(configs, given, strict=True))
+        ]
+        rows, found = Rows(base, members, 1), []
+        for n, places in ((0, [0, 1, 2]), (3, [2, 0])):
+            batch = rows.batch(n, places)
+            found.append(np.asarray(rows.teacher(n, places, batch))[batch.weights > 0])
+        return found
+
+    whole = sum(sizes)
+    expected = said(whole, 0, 0)
+    for budgets in ((0, whole, 0), (0, 0, 0), (sizes[0], sizes[1], 0)):
+        for got, want in zip(said(*budgets), expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    assert not any(file.exists() for file in files)
+    for budgets, kept in (((sizes[0], sizes[1], sizes[2]), [False, False, True]), ((0, 0, whole), [True] * 3)):
+        for got, want in zip(said(*budgets), expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+        assert [file.exists() for file in files] == kept

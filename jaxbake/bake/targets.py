@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,21 @@ from jaxbake.files import AnyPath, is_remote, write_whole
 FILE, NOTE = "teacher.bin", "teacher.json"
 
 
-def where_to_keep(size: int, settings: TrainConfig, folder: AnyPath | None) -> str | None:
-    """ "device", "host" or "disk", the first whose budget holds `size` bytes; None: compute them at each visit.
+ROOMS = ("device", "host", "disk")
 
-    A file needs a local folder to lie in.
+
+def where_to_keep(
+    size: int, settings: TrainConfig, folder: AnyPath | None, taken: Mapping[str, int] | None = None
+) -> str | None:
+    """The first of `ROOMS` whose budget holds `size` bytes; None: compute them at each visit.
+
+    A file needs a local folder to lie in. taken: bytes that other bakes of the same step keep in each already.
     """
     local = folder is not None and not is_remote(folder)
     budgets = (settings.teacher_device_gb, settings.teacher_host_gb, settings.teacher_disk_gb if local else 0)
-    rooms = zip(("device", "host", "disk"), budgets, strict=True)
-    return next((room for room, gigabytes in rooms if size <= gigabytes * 2**30), None)
+    taken = taken or {}
+    rooms = zip(ROOMS, budgets, strict=True)
+    return next((room for room, gigabytes in rooms if size + taken.get(room, 0) <= gigabytes * 2**30), None)
 
 
 def content_key(base_digest: str, examples: Iterable[Example], prefix_P: np.ndarray) -> str:

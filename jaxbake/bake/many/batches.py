@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake.bake import folder as layout
 from jaxbake.bake import train as single
+from jaxbake.bake.abstract import BATCH_AXES, HIDDEN_AXES
+from jaxbake.bake.targets import ROOMS, Table, content_key, open_table, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike, shared_prefix
+from jaxbake.mesh import AnyMesh, parts, put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
 from jaxbake.sampling import shared_prefix as prefix_of
 
-TEACHER_BYTES = 1 << 30
-"""Up to this size the teachers' hidden states are kept on the device rather than computed again at each visit."""
+_ROW_AXES, _VIEW_AXES = BATCH_AXES.replace(teacher=None), BATCH_AXES.teacher
+
+
+def place(batch: Batch, mesh: AnyMesh | None) -> Batch:
+    """A batch of `side_by_side` on the device, or on the mesh with its rows over replica and fsdp."""
+    return _put(batch, _ROW_AXES, mesh)
+
+
+def _put(tree: Any, axes: Any, mesh: AnyMesh | None) -> Any:
+    return jax.tree.map(lambda x, axes: put(x, axes, mesh), tree, axes)
 
 
 def padded(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
@@ -58,45 +71,66 @@ class _Prompts:
         self._known.pop(i, None)
 
 
-def _sizes(member: Any) -> dict[str, int]:
-    train = member.config.train
-    return {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
-
-
-def _said(base: Base, batches: Batches, prefix: Prefix | None, matched: int) -> np.ndarray:
-    """A teacher's hidden states at every matched token [matched, D], in the order of `Batch.source`."""
-    table = np.zeros((matched, base.config.hidden_size), base.params["norm"].dtype)
-    single.ask_once(base, batches, prefix, table)
-    return table
+def _batches(
+    base: Base, members: Sequence[Any], examples: Sequence[Sequence[Any]], prompts: _Prompts, accumulate: int = 1
+) -> list[Batches]:
+    """Each member's examples as batches of its own, in rows of the same lengths; every device has as many of them."""
+    multiples = {"rows_multiple": accumulate * parts("batch", base.mesh), "tokens_multiple": parts("seq", base.mesh)}
+    own = []
+    for member, one, shared in zip(members, examples, prompts.shared, strict=True):
+        train = member.config.train
+        sizes = {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
+        own.append(Batches(one, shared, **sizes, **multiples))
+    return alike(own)
 
 
 class Rows:
     """The training rows of all members, and their teachers' hidden states at the matched tokens.
 
-    What a teacher says is computed before the first step, as long as `TEACHER_BYTES` hold it; the teachers of
-    the members it has no room for are asked at every step.
+    What a teacher says is computed before the first step and kept where there is room, as for a bake alone
+    (`targets.where_to_keep`); the members fill each room in order. For those that have none, teachers are asked at
+    every step.
     """
 
     def __init__(self, base: Base, members: Sequence[Any], accumulate: int):
         self._base, self._prompts = base, _Prompts(base, members)
-        own = [
-            Batches(member.examples, shared, rows_multiple=accumulate, **_sizes(member))
-            for member, shared in zip(members, self._prompts.shared, strict=True)
-        ]
-        self._members = alike(own)
-        tables: dict[int, jax.Array] = {}
+        self._members = _batches(base, members, [m.examples for m in members], self._prompts, accumulate)
         self._asked = members[0].config.loss.divergence != "cross_entropy"
-        room = TEACHER_BYTES if self._asked else 0
-        for i, batches in enumerate(self._members):
-            matched = sum(int(example.mask.sum()) for example in batches.examples)
-            room -= matched * base.config.hidden_size * base.params["norm"].dtype.itemsize
-            if room < 0:
-                break
-            tables[i] = jnp.asarray(_said(base, batches, self._prompts[i], matched))
+        self._kept: dict[int, np.ndarray] = {}
+        """By member, its table in memory or in a file."""
+        self._starts: dict[int, int] = {}
+        """By member, where its table begins in the one on the device."""
+        self._on_device: jax.Array | None = None
+        if self._asked:
+            self._ask_once(members)
+
+    def _ask_once(self, members: Sequence[Any]) -> None:
+        taken, on_device = dict.fromkeys(ROOMS, 0), {}
+        for i, member in enumerate(members):
+            table, room = self._table(i, member, taken)
+            if table is None:
+                continue
+            if not table.complete:
+                single.ask_once(self._base, self._members[i], self._prompts[i], table.rows)
+            table.finish()
             self._prompts.forget(i)
-        ends = np.cumsum([table.shape[0] for table in tables.values()])
-        self._starts = {i: int(end) - table.shape[0] for (i, table), end in zip(tables.items(), ends, strict=True)}
-        self._table = jnp.concatenate(list(tables.values())) if tables else None
+            taken[room] += table.rows.nbytes
+            # On a mesh each device is given what its rows need.
+            (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
+        if on_device:
+            ends = np.cumsum([rows.shape[0] for rows in on_device.values()])
+            self._starts = {i: int(e) - on_device[i].shape[0] for i, e in zip(on_device, ends, strict=True)}
+            self._on_device = jnp.asarray(np.concatenate(list(on_device.values())))
+
+    def _table(self, i: int, member: Any, taken: dict[str, int]) -> tuple[Table | None, str | None]:
+        """Where to write what member i's teacher says, and in which room that is; None where it is not kept."""
+        train, examples, dtype = member.config.train, member.examples, self._base.params["norm"].dtype
+        shape = sum(int(example.mask.sum()) for example in examples), self._base.config.hidden_size
+        room = where_to_keep(math.prod(shape) * dtype.itemsize, train, member.folder, taken)
+        if room is None or train.steps * train.batch_size <= len(examples):  # each example is visited once at most
+            return None, None
+        folder = member.folder / layout.TEACHER if room == "disk" else None
+        return open_table(shape, dtype, folder, content_key(self._base.digest, examples, self._prompts.shared[i])), room
 
     def useful_fraction(self, i: int) -> float:
         """Share of a member's row tokens that are no padding."""
@@ -110,20 +144,25 @@ class Rows:
         """The teachers' hidden states [M * B, K, D] for that batch."""
         if not self._asked:
             return None
-        rows = batch.source.shape[0] // len(places)
+        mesh = self._base.mesh
+        source = np.maximum(batch.source, 0).reshape(len(places), -1, batch.source.shape[1])  # padding takes any row
         if all(i in self._starts for i in places):
-            offset = np.repeat([self._starts[i] for i in places], rows).astype(np.int32)[:, None]
-            return single.take_rows(self._table, np.where(batch.source >= 0, batch.source + offset, 0))
-        parts = []
-        for place, i in enumerate(places):
-            if i in self._starts:
-                source = batch.source[place * rows : (place + 1) * rows]
-                parts.append(single.take_rows(self._table, np.where(source >= 0, source + self._starts[i], 0)))
-            else:
-                view = self._members[i].batch(n).teacher
-                view = View(*(padded(getattr(view, name), rows) for name in View.__dataclass_fields__))
-                parts.append(single.teacher_hidden_of(self._base.params, view, self._prompts[i], self._base.config))
-        return jnp.concatenate(parts)
+            offset = np.array([self._starts[i] for i in places], np.int32)[:, None, None]
+            return single.take_rows(self._on_device, (source + offset).reshape(batch.source.shape))
+        said = [self._said(n, i, source[place]) for place, i in enumerate(places)]
+        if all(isinstance(rows, np.ndarray) for rows in said):
+            said = [np.concatenate(said)]
+        return jnp.concatenate([put(x, HIDDEN_AXES, mesh) if isinstance(x, np.ndarray) else x for x in said])
+
+    def _said(self, n: int, i: int, source_BK: np.ndarray) -> np.ndarray | jax.Array:
+        """What member i's teacher says of its rows of step n."""
+        if i in self._starts:
+            return single.take_rows(self._on_device, source_BK + self._starts[i])
+        if i in self._kept:
+            return self._kept[i][source_BK]
+        view = jax.tree.map(lambda x: padded(x, len(source_BK)), self._members[i].batch(n).teacher)
+        view = _put(view, _VIEW_AXES, self._base.mesh)
+        return single.teacher_hidden_of(self._base.params, view, self._prompts[i], self._base.config)
 
 
 class Evaluation:
@@ -131,14 +170,14 @@ class Evaluation:
 
     def __init__(self, base: Base, members: Sequence[Any]):
         prompts = _Prompts(base, members)
-        own = alike(
-            [Batches(m.held_out, shared, **_sizes(m)) for m, shared in zip(members, prompts.shared, strict=True)]
-        )
+        own = _batches(base, members, [m.held_out for m in members], prompts)
+        self._mesh = base.mesh
         self._parts: list[list[tuple[Batch, jax.Array]]] = []
         for i, batches in enumerate(own):
             found = []
             for batch in batches.all():
-                hidden = single.teacher_hidden_of(base.params, batch.teacher, prompts[i], base.config)
+                view = _put(batch.teacher, _VIEW_AXES, base.mesh)
+                hidden = single.teacher_hidden_of(base.params, view, prompts[i], base.config)
                 found.append((batch, hidden))
             prompts.forget(i)
             self._parts.append(found)
@@ -154,7 +193,7 @@ class Evaluation:
                 batch = side_by_side([batch for batch, _ in parts])
                 rows = batch.weights.shape[0] // len(places)
                 pad = [jnp.pad(h, [(0, rows - h.shape[0]), (0, 0), (0, 0)]) for _, h in parts]
-                joined.append((jax.device_put(batch), jnp.concatenate(pad)))
+                joined.append((place(batch, self._mesh), jnp.concatenate(pad)))
             self._joined[tuple(places)] = joined
         return self._joined[tuple(places)]
 

@@ -26,7 +26,8 @@ from jaxbake.bake.loop import (
     _result,
     _written,
 )
-from jaxbake.bake.many.train import Member, check_alike, train_many
+from jaxbake.bake.many.seat import Member, check_alike
+from jaxbake.bake.many.train import train_many
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.train import Trained
@@ -34,7 +35,7 @@ from jaxbake.bakery.card import sha256
 from jaxbake.config import BakeConfig, StimuliConfig
 from jaxbake.errors import JaxbakeError, TrainingDiverged
 from jaxbake.files import AnyPath, absolute, is_remote, read_json, write_whole
-from jaxbake.models.base import Base
+from jaxbake.models.base import Base, on_mesh
 
 STATES, GROUP = ".many", "group.json"
 """Where the states of unfinished groups lie, in the folder that holds the members' own; and whose they are."""
@@ -65,12 +66,12 @@ def bake_many(
 
     Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss must
     be the same. Each result equals that of `jaxbake.bake` with the same arguments up to rounding: its own batches,
-    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others. It runs on one
-    device.
+    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others. It runs in one
+    process; on a mesh each member's rows are spread as those of a bake alone, a multiple of the devices along them.
 
     Args:
       base: what `jaxbake.load` gives.
-      bakes: at least one; their names must differ.
+      bakes: at least one; their names must differ, their losses and meshes not.
       output: a folder to hold one for each bake, by name, as `jaxbake.bake` writes it. The same call with the same
         folder continues what was interrupted, bitwise; bakes that are finished are returned as they are, whoever made
         them. None writes nothing.
@@ -86,8 +87,12 @@ def bake_many(
     """
     progress = progress or silent
     _check_names(bakes)
-    if jax.process_count() > 1 or (base.mesh and base.mesh.size > 1) or any(bake.config.mesh for bake in bakes):
-        raise JaxbakeError("bake_many: runs on one device; on a mesh or in several processes, bake one by one")
+    if jax.process_count() > 1:
+        raise JaxbakeError(
+            f"bake_many: runs in one process, and there are {jax.process_count()}; bake one by one, or on the devices "
+            "of one host"
+        )
+    base = on_mesh(base, bakes[0].config.mesh, min(bake.config.train.batch_size for bake in bakes))
     output = None if output is None else absolute(output)
     prepared = [_prepare(base, bake, output) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxbake.bake.step import BakeState, divergence_sum, init_state, learning_rate
+from jaxbake.bake.step import BakeState, divergence_sum, init_state, learning_rate, state_axes
 from jaxbake.bake.teacher import Targets, hidden_at
 from jaxbake.config import BakeConfig, LossConfig
 from jaxbake.data.batches import Batch
 from jaxbake.deltas.lora import Delta
 from jaxbake.deltas.many import Deltas, cut, one_of, stack
+from jaxbake.mesh import AnyMesh, constrain, mesh_of, sharding
 from jaxbake.models.decoder import unembedding
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import fused_metrics
@@ -123,6 +124,21 @@ def keep(tree: Any, members: Sequence[int]) -> Any:
     return jax.tree.map(lambda x: x[:, at] if x.ndim > 2 else x[at], tree)
 
 
+def _axes(state: BakeState, config: ModelConfig) -> Any:
+    """Logical axes of every array, as `step.state_axes` gives them alone; that of the members is never split."""
+    first = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[:, 0] if x.ndim > 2 else x, tree), state)
+    own = state_axes(first, config)
+    return jax.tree.map(lambda x, axes: (axes[0], None, *axes[1:]) if x.ndim > 2 else axes, state, own)
+
+
+def spread(state: BakeState, config: ModelConfig, mesh: AnyMesh | None) -> BakeState:
+    """The members' states on a mesh, factors and moments as the weight they belong to; as they are where there is
+    none."""
+    if mesh is None:
+        return state
+    return jax.tree.map(lambda x, axes: jax.device_put(x, sharding(axes, mesh, x.shape)), state, _axes(state, config))
+
+
 def _by_member(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(count, -1).sum(axis=1)
 
@@ -208,6 +224,8 @@ def make_many_step(
         }
         kept = jax.tree.map(settled, new.replace(key=None, good=None), state.replace(key=None, good=None))
         kept = kept.replace(key=state.key, good=jnp.where(active, good, state.good))
+        mesh = mesh_of(params)
+        kept = jax.tree.map(lambda x, axes: constrain(x, axes, mesh), kept, _axes(kept, model_config))
         return kept, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return jax.jit(step, donate_argnums=0)
