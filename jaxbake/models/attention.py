@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbake.chip import Chip, chip
 from jaxbake.errors import JaxbakeError
-from jaxbake.models.linear import einsum
+from jaxbake.models.linear import LINEAR, einsum
 
 MASKED = -1e30
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
@@ -109,40 +110,90 @@ def choose(here: Chip, q_BTNH: jax.Array, softcap: float | None) -> str:
     return "xla"
 
 
-def _products(left_BKGTX: jax.Array, right: jax.Array, spec: str) -> jax.Array:
-    """Batched matrix product with keys or values: [B, K, G, T, X] by [B, K, S, H] or shared [K, S, H].
+def _rows(x_BKGTX: jax.Array, shared: bool) -> jax.Array:
+    """Query heads of a group and their tokens side by side, as rows of one matrix per key head [B, K, G * T, X].
 
-    Query heads of a group and their tokens are laid side by side as rows of one matrix per key head (and per batch row,
-    unless the keys are shared): few, large products, and the keys are not repeated.
+    With shared keys the batch joins them [K, B * G * T, X]: few, large products, and keys are never repeated.
     """
-    b, k, g, t, x = left_BKGTX.shape
-    if right.ndim == 3:
-        rows = left_BKGTX.transpose(1, 0, 2, 3, 4).reshape(k, b * g * t, x)
-        return einsum(spec, rows, right).reshape(k, b, g, t, -1).transpose(1, 0, 2, 3, 4)
-    rows = left_BKGTX.reshape(b, k, g * t, x)
-    return einsum(spec.replace("b", "bk"), rows, right).reshape(b, k, g, t, -1)
+    b, k, g, t, x = x_BKGTX.shape
+    if shared:
+        return x_BKGTX.transpose(1, 0, 2, 3, 4).reshape(k, b * g * t, x)
+    return x_BKGTX.reshape(b, k, g * t, x)
+
+
+def _by_keys(x_BKGTX: jax.Array, keys: jax.Array, spec: str) -> jax.Array:
+    """Product of what each query has with keys or values, a matrix per key head ("k" in the spec) [B, K, G, T, ...]."""
+    b, k, g, t, _ = x_BKGTX.shape
+    shared = keys.ndim == 3
+    out = einsum(spec if shared else spec.replace("k", "bk"), _rows(x_BKGTX, shared), keys.swapaxes(-3, -2))
+    if shared:
+        return out.reshape(k, b, g, t, -1).transpose(1, 0, 2, 3, 4)
+    return out.reshape(b, k, g, t, -1)
+
+
+def _for_keys(weights_BKGTS: jax.Array, x_BKGTH: jax.Array, keys: jax.Array) -> jax.Array:
+    """Sums over the queries, weighted: in the shape of `keys`."""
+    shared = keys.ndim == 3
+    spec = "kqs,kqh->ksh" if shared else "bkqs,bkqh->bksh"
+    out = einsum(spec, _rows(weights_BKGTS, shared), _rows(x_BKGTH, shared))
+    return out.swapaxes(-3, -2).astype(keys.dtype)
+
+
+def _scores(q_BKGTH, k, mask_BTS, scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Logits in float32 (float64 if they are), masked; and their derivative by the product, where it is not 1."""
+    score = _by_keys(q_BKGTH, k, "kqh,ksh->kqs")
+    score = score.astype(jnp.promote_types(score.dtype, jnp.float32)) * scale
+    slope = None
+    if softcap is not None:
+        tanh = jnp.tanh(score / softcap)
+        score, slope = softcap * tanh, 1 - jnp.square(tanh)
+    return jnp.where(mask_BTS[:, None, None], score, MASKED), slope
 
 
 def _attend_xla(q_BTNH: jax.Array, blocks: list[Keys], scale: float, softcap: float | None) -> jax.Array:
     b, t, n, h = q_BTNH.shape
     kv_heads = blocks[0].k.shape[-2]
     q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
-    logits = []
-    for block in blocks:
-        score = _products(q, block.k.swapaxes(-3, -2), "bqh,bsh->bqs")
-        score = score.astype(jnp.promote_types(score.dtype, jnp.float32)) * scale
-        if softcap is not None:
-            score = softcap * jnp.tanh(score / softcap)
-        logits.append(jnp.where(block.seen.mask()[:, None, None], score, MASKED))
+    masks = [block.seen.mask() for block in blocks]
+    out = _softmax_mix(scale, softcap, q, [block.k for block in blocks], [block.v for block in blocks], masks)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax_mix(scale: float, softcap: float | None, q_BKGTH: jax.Array, keys: list, values: list, masks: list):
+    """Attention of grouped queries over all blocks [B, K, G, T, H]. Its gradient keeps no weights, but their sums."""
+    return _softmax_mix_fwd(scale, softcap, q_BKGTH, keys, values, masks)[0]
+
+
+def _softmax_mix_fwd(scale, softcap, q, keys, values, masks):
+    logits = [_scores(q, k, mask, scale, softcap)[0] for k, mask in zip(keys, masks, strict=True)]
     peak = logits[0].max(-1, keepdims=True)
     for score in logits[1:]:
         peak = jnp.maximum(peak, score.max(-1, keepdims=True))
-    weights = [jnp.exp(score - jax.lax.stop_gradient(peak)) for score in logits]
+    weights = [jnp.exp(score - peak) for score in logits]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    out = 0.0
-    for block, w in zip(blocks, weights, strict=True):
-        out = out + _products((w / total).astype(q.dtype), block.v.swapaxes(-3, -2), "bqs,bsh->bqh")
-    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
+    mixed = sum(_by_keys(w.astype(q.dtype), v, "kqs,ksh->kqh") for w, v in zip(weights, values, strict=True))
+    out = checkpoint_name((mixed / total).astype(q.dtype), LINEAR)
+    log_total = checkpoint_name(peak + jnp.log(total), LINEAR)
+    return out, (q, keys, values, masks, out, log_total)
+
+
+def _softmax_mix_bwd(scale, softcap, saved, grad):
+    q, keys, values, masks, out, log_total = saved
+    along = jnp.sum(grad.astype(log_total.dtype) * out.astype(log_total.dtype), -1, keepdims=True)
+    grad_q, grad_keys, grad_values = 0.0, [], []
+    for k, v, mask in zip(keys, values, masks, strict=True):
+        score, slope = _scores(q, k, mask, scale, softcap)
+        weights = jnp.exp(score - log_total)
+        grad_score = scale * weights * (_by_keys(grad, v, "kqh,ksh->kqs") - along)
+        grad_score = (grad_score if slope is None else grad_score * slope).astype(q.dtype)
+        grad_q = grad_q + _by_keys(grad_score, k, "kqs,ksh->kqh")
+        grad_keys.append(_for_keys(grad_score, q, k))
+        grad_values.append(_for_keys(weights.astype(q.dtype), grad, v))
+    return grad_q.astype(q.dtype), grad_keys, grad_values, None
+
+
+_softmax_mix.defvjp(_softmax_mix_fwd, _softmax_mix_bwd)
 
 
 def attend_jax_nn(q_BTNH: jax.Array, blocks: list[Keys], *, scale: float, library: str) -> jax.Array:

@@ -237,8 +237,10 @@ def _real(heads: Heads, logits_CV: jax.Array) -> jax.Array:
 def _forward(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """KL(p || q) [C] and its derivative by the student's logits, q - p."""
     log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
-    q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
-    return vocab_sum(_kl_terms(p_CV, q_CV, log_ratio_CV), axes), q_CV - p_CV
+    loss_C = vocab_sum(_kl_terms(jnp.exp(log_p_CV), jnp.exp(log_q_CV), log_ratio_CV), axes)
+    # Both exponentials anew: a CPU is quicker to compute them than to write them out and read them again.
+    loss_C, log_q_CV, log_p_CV = lax.optimization_barrier((loss_C, log_q_CV, log_p_CV))
+    return loss_C, jnp.exp(log_q_CV) - jnp.exp(log_p_CV)
 
 
 def _reverse(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
