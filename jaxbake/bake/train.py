@@ -29,6 +29,7 @@ from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.files import AnyPath
+from jaxbake.memory import trim_after_compiling
 from jaxbake.mesh import parts, put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
@@ -138,6 +139,7 @@ def train(
     `hosts.start`), and TrainingDiverged where a loss is not finite; its attribute `delta` is
     the last good one, and the folder's newest checkpoint its state.
     """
+    trim_after_compiling()
     shared = shared_prefix([*examples, *held_out])
     prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
     settings, accumulate = config.train, config.optimizer.accumulate

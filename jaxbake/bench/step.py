@@ -16,6 +16,7 @@ from jaxbake.bench.shape import Shape, necessary_flops, random_params
 from jaxbake.config import BakeConfig, LoraConfig, TrainConfig
 from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example
+from jaxbake.memory import trim_after_compiling
 from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling.generate import shared_prefix
@@ -41,6 +42,7 @@ def bench_step(
     online: with the teacher's pass, as in the first epoch; otherwise its hidden states are known, as in all later ones.
     mixed: questions and responses of many lengths (log-normal, at most the shape's), packed into rows.
     """
+    trim_after_compiling()
     prompt, examples = make_examples(config, shape, seed, mixed)
     longest = shape.question_len + shape.response_len
     batches = Batches(examples, prompt, batch_size=shape.batch, max_length=4 * longest if mixed else longest, seed=seed)
