@@ -12,7 +12,7 @@ from jaxbake.chip import chip
 from jaxbake.models.quantised import Quantised, dequantised, integers
 
 LINEAR = "linear"
-"""Name of the results of linear layers, for policies of what to keep for the backward pass."""
+"""Name of the results of linear layers and of attention, for policies of what to keep for the backward pass."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -78,14 +78,14 @@ class Heads(NamedTuple):
 def default_chunk_size(vocab_size: int) -> int:
     """Tokens per chunk. On a TPU or GPU 512: fewer take no less time, which goes into reading the unembedding.
 
-    On a CPU the power of two whose float32 logits take 64 to 128 MiB, at most 512, since every chunk lays out the
-    unembedding anew for its products; and 256 for small vocabularies, whose logits then stay in the cache.
+    On a CPU the power of two whose float32 logits take 32 to 64 MiB, at most 512: every chunk lays the unembedding out
+    anew for its products, and every fresh page is paid for. For small vocabularies 256, whose logits stay in the cache.
     Two such arrays, the student's and the teacher's, and one or two of that size beside them are alive at a time.
     """
     if chip().platform != "cpu":
         return 512
     most = 512 if vocab_size >= 2**14 else 256
-    return min(most, 2 ** max(0, int(math.log2(128 * 2**20 / (4 * vocab_size)))))
+    return min(most, 2 ** max(0, int(math.log2(64 * 2**20 / (4 * vocab_size)))))
 
 
 def prepare(
