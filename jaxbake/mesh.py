@@ -10,11 +10,9 @@ objectives look where the weights lie, so that no function has to be told.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxbake.errors import JaxbakeError, did_you_mean
+from jaxbake.rooms import make_callable
 
 AXES = ("replica", "fsdp", "context", "tp")
 """Mesh axes: copies of the model (across slices); shards of parameters and batch; shards of the rows' tokens (long
@@ -278,11 +277,4 @@ def put(x: Any, axes: Sequence[str | None], mesh: AnyMesh | None) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding(axes, mesh, x.shape), lambda index: x[index])
 
 
-class _CallableRoom(ModuleType):
-    """`jaxbake.mesh` is this module, and `jb.mesh(...)` its function, as with `jaxbake.bake`."""
-
-    def __call__(self, *args, **kwargs):
-        return mesh(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableRoom
+make_callable(__name__, mesh)

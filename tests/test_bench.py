@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from jaxbake.bench import compare
 from jaxbake.bench.flops import matmul_flops
 from jaxbake.bench.parts import bench_kl, bench_load, bench_sample
-from jaxbake.bench.shape import SIZES, Shape, make_shape, model_config, necessary_flops, random_params
+from jaxbake.bench.shape import model_config, necessary_flops, random_params
+from jaxbake.bench.sizes import SIZES, Shape, make_shape
 from jaxbake.bench.step import bench_step, make_examples
 from jaxbake.cli import app
 from jaxbake.data.batches import Batches

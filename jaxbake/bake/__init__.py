@@ -1,20 +1,16 @@
-"""The bake: teacher, step, roll-out, loop.
-
-Python binds this room to the name `jaxbake.bake` as soon as any module in it is imported, and `jaxbake.bake(...)` is
-also the public function of `bake.loop`. So the room can be called, and both readings of the name hold.
-"""
+"""The bake: teacher, step, roll-out, loop."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+from typing import Any
+
+from jaxbake.rooms import make_callable
 
 
-class _CallableRoom(ModuleType):
-    def __call__(self, *args, **kwargs):
-        from jaxbake.bake.loop import bake
+def _bake(*args: Any, **kwargs: Any) -> Any:
+    from jaxbake.bake.loop import bake  # here, since it takes its time
 
-        return bake(*args, **kwargs)
+    return bake(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = _CallableRoom
+make_callable(__name__, _bake)

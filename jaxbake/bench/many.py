@@ -12,7 +12,8 @@ from jaxbake.bake.many.batches import side_by_side
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.bench.clock import Clock, machine, peak_memory_mb
-from jaxbake.bench.shape import Shape, random_params
+from jaxbake.bench.shape import random_params
+from jaxbake.bench.sizes import Shape
 from jaxbake.bench.step import make_examples
 from jaxbake.config import BakeConfig, LoraConfig, TrainConfig
 from jaxbake.data.batches import Batches, alike

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxbake.bench.clock import Clock, machine, peak_flops, peak_memory_mb
 from jaxbake.bench.flops import matmul_flops
-from jaxbake.bench.shape import Shape, random_params
+from jaxbake.bench.shape import random_params
+from jaxbake.bench.sizes import Shape
 from jaxbake.models.checkpoint import read_params, write_params
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import fused_kl, reference_kl

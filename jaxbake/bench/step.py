@@ -12,7 +12,8 @@ import numpy as np
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.bench.clock import Clock, machine, peak_flops, peak_memory_mb
 from jaxbake.bench.flops import matmul_flops
-from jaxbake.bench.shape import Shape, necessary_flops, random_params
+from jaxbake.bench.shape import necessary_flops, random_params
+from jaxbake.bench.sizes import Shape
 from jaxbake.config import BakeConfig, LoraConfig, TrainConfig
 from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example

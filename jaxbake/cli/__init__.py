@@ -106,7 +106,7 @@ def _with_huge_pages() -> None:
     with `GLIBC_TUNABLES= jaxbake bench step`). glibc reads the setting only when a process begins. Whoever sets
     GLIBC_TUNABLES, even to nothing, is left alone.
     """
-    heavy = {"quickstart", "bake", "bench", "eval", "sample", "chat"} & set(sys.argv[1:4])
+    heavy = {"quickstart", "bake", "bake-many", "bench", "eval", "sample", "chat"} & set(sys.argv[1:4])
     if not heavy or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
     try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from jaxbake.bench.sizes import Shape, make_shape
 from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
 
@@ -39,6 +44,8 @@ Warmup = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option()]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 
+Timing = Result = dict[str, Any]
+
 _SHOWN = (
     ("response_tokens_per_s", "response tokens a second", "{:,.0f}"),
     ("tokens_per_s", "tokens a second", "{:,.0f}"),
@@ -64,7 +71,7 @@ _SHOWN = (
 )
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _show(result: Result, as_json: bool) -> None:
     if as_json:
         show.print_json(result)
         return
@@ -78,9 +85,41 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     show.console().print(grid)
 
 
-def _shape(config: Path | None, size: str | None, **changes: int | None):
-    """The shape and the model's config."""
-    from jaxbake.bench.shape import make_shape, model_config
+def measures(*names: str, steps: int, warmup: int) -> Callable[[Callable], Callable]:
+    """Makes a command of a function (model config, shape, timing, options of its own) -> what was measured.
+
+    The command has --size, --config and an option for each of these fields of `bench.sizes.Shape` (all by default)
+    before its own options, and after them those of all benchmarks, with these numbers of steps: they are `timing`.
+    """
+    shaping = {"size": Size, "config": Config}
+    for name in names or [field.name for field in fields(Shape)]:
+        shaping[name] = PromptLen if name == "prompt_len" else Number
+    timing = {"dtype": (Dtype, "float32"), "steps": (Steps, steps), "warmup": (Warmup, warmup), "seed": (Seed, 0)}
+
+    def decorate(function: Callable) -> Callable:
+        def option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+            return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[3:]
+        options = [option(name, kind, None) for name, kind in shaping.items()]
+        options += [option(parameter.name, parameter.annotation, parameter.default) for parameter in own]
+        options += [option(name, *of) for name, of in timing.items()] + [option("as_json", Json, False)]
+
+        @wraps(function)
+        def command(as_json: bool, **given: Any) -> None:
+            model, shape = _shape(**{name: given.pop(name) for name in shaping})
+            _show(function(model, shape, {name: given.pop(name) for name in timing}, **given), as_json)
+
+        command.__signature__ = inspect.Signature(options)
+        command.__annotations__ = {option.name: option.annotation for option in options}
+        return command
+
+    return decorate
+
+
+def _shape(size: str | None, config: Path | None, **changes: int | None) -> tuple[Any, Shape]:
+    """The model's config and the shape."""
+    from jaxbake.bench.shape import model_config
 
     shape = make_shape(size, changes)
     if config is not None and not config.exists():
@@ -89,31 +128,18 @@ def _shape(config: Path | None, size: str | None, **changes: int | None):
 
 
 @bench.command()
+@measures(steps=10, warmup=3)
 def step(
-    size: Size = None,
-    config: Config = None,
-    layers: Number = None,
-    hidden: Number = None,
-    heads: Number = None,
-    kv_heads: Number = None,
-    ffn: Number = None,
-    vocab: Number = None,
-    prompt_len: PromptLen = None,
-    question_len: Number = None,
-    response_len: Number = None,
-    batch: Number = None,
+    model: Any,
+    shape: Shape,
+    timing: Timing,
     rank: Rank = 16,
-    dtype: Dtype = "float32",
-    steps: Steps = 10,
-    warmup: Warmup = 3,
-    seed: Seed = 0,
     online: Annotated[
         bool, typer.Option("--online", help="With the teacher's pass; otherwise its targets are known.")
     ] = False,
     mixed: Annotated[bool, typer.Option("--mixed", help="Questions and responses of many lengths, packed.")] = False,
     remat: Annotated[bool, typer.Option("--remat", help="Recompute each layer in the backward pass.")] = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """A whole bake step at steady state, on random weights and tokens.
 
     Examples:
@@ -124,143 +150,79 @@ def step(
 
       jaxbake bench step --config Qwen3-0.6B/config.json --dtype bfloat16 --batch 16
     """
-    model, shape = _shape(
-        config, size, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-        prompt_len=prompt_len, question_len=question_len, response_len=response_len, batch=batch,
-    )  # fmt: skip
     from jaxbake.bench.step import bench_step
 
-    options = {"rank": rank, "dtype": dtype, "steps": steps, "warmup": warmup, "seed": seed}
-    _show(bench_step(model, shape, **options, online=online, mixed=mixed, remat=remat), as_json)
+    return bench_step(model, shape, rank=rank, **timing, online=online, mixed=mixed, remat=remat)
 
 
 @bench.command()
+@measures("hidden", "vocab", "response_len", "batch", steps=10, warmup=2)
 def kl(
-    size: Size = None,
-    config: Config = None,
-    hidden: Number = None,
-    vocab: Number = None,
-    response_len: Number = None,
-    batch: Number = None,
-    dtype: Dtype = "float32",
+    model: Any,
+    shape: Shape,
+    timing: Timing,
     divergence: Annotated[str, typer.Option(help="forward, reverse, jsd or cross_entropy.")] = "forward",
     plain: Annotated[bool, typer.Option("--plain", help="The plain version, which holds all logits.")] = False,
     chunk_size: Number = None,
-    steps: Steps = 10,
-    warmup: Warmup = 2,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """The divergence alone, value and gradient, from hidden states of `batch x response-len` tokens.
 
     Example:
 
       jaxbake bench kl --size L --divergence reverse
     """
-    model, shape = _shape(config, size, hidden=hidden, vocab=vocab, response_len=response_len, batch=batch)
     from jaxbake.bench.parts import bench_kl
 
-    options = {"dtype": dtype, "steps": steps, "warmup": warmup, "seed": seed}
-    _show(bench_kl(model, shape, **options, divergence=divergence, plain=plain, chunk_size=chunk_size), as_json)
+    return bench_kl(model, shape, **timing, divergence=divergence, plain=plain, chunk_size=chunk_size)
 
 
 @bench.command()
-def sample(
-    size: Size = None,
-    config: Config = None,
-    layers: Number = None,
-    hidden: Number = None,
-    heads: Number = None,
-    kv_heads: Number = None,
-    ffn: Number = None,
-    vocab: Number = None,
-    prompt_len: PromptLen = None,
-    question_len: Number = None,
-    response_len: Number = None,
-    batch: Number = None,
-    dtype: Dtype = "float32",
-    steps: Steps = 5,
-    warmup: Warmup = 1,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@measures(steps=5, warmup=1)
+def sample(model: Any, shape: Shape, timing: Timing) -> Result:
     """Sampling `response-len` tokens for `batch` rows behind one shared prompt; the prompt's own pass is timed too.
 
     Example:
 
       jaxbake bench sample --size M --batch 16 --response-len 64
     """
-    model, shape = _shape(
-        config, size, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-        prompt_len=prompt_len, question_len=question_len, response_len=response_len, batch=batch,
-    )  # fmt: skip
     from jaxbake.bench.parts import bench_sample
 
-    _show(bench_sample(model, shape, dtype=dtype, steps=steps, warmup=warmup, seed=seed), as_json)
+    return bench_sample(model, shape, **timing)
 
 
 @bench.command()
-def load(
-    size: Size = None,
-    config: Config = None,
-    layers: Number = None,
-    hidden: Number = None,
-    ffn: Number = None,
-    vocab: Number = None,
-    dtype: Dtype = "float32",
-    steps: Steps = 3,
-    warmup: Warmup = 1,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@measures("layers", "hidden", "ffn", "vocab", steps=3, warmup=1)
+def load(model: Any, shape: Shape, timing: Timing) -> Result:
     """Reading a model of this shape from safetensors, beside reading the same bytes plainly.
 
     Example:
 
       jaxbake bench load --size L
     """
-    model, _ = _shape(config, size, layers=layers, hidden=hidden, ffn=ffn, vocab=vocab)
     from jaxbake.bench.parts import bench_load
 
-    _show(bench_load(model, dtype=dtype, steps=steps, warmup=warmup, seed=seed), as_json)
+    return bench_load(model, **timing)
 
 
 @bench.command()
+@measures(*(field.name for field in fields(Shape) if field.name != "batch"), steps=5, warmup=2)
 def many(
-    size: Size = None,
-    config: Config = None,
-    layers: Number = None,
-    hidden: Number = None,
-    heads: Number = None,
-    kv_heads: Number = None,
-    ffn: Number = None,
-    vocab: Number = None,
-    prompt_len: PromptLen = None,
-    question_len: Number = None,
-    response_len: Number = None,
+    model: Any,
+    shape: Shape,
+    timing: Timing,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step of each delta.")] = 1,
     members: Annotated[int, typer.Option(min=1, help="Deltas trained together.")] = 32,
     rank: Rank = 16,
-    dtype: Dtype = "float32",
-    steps: Steps = 5,
-    warmup: Warmup = 2,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """The step of many bakes together, and the step of one bake over as many tokens, in turn; targets are known.
 
     Example:
 
       jaxbake bench many --size M --members 32
     """
-    model, shape = _shape(
-        config, size, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-        prompt_len=prompt_len, question_len=question_len, response_len=response_len, batch=batch,
-    )  # fmt: skip
     from jaxbake.bench.many import bench_many
 
-    options = {"rank": rank, "dtype": dtype, "steps": steps, "warmup": warmup, "seed": seed}
-    _show(bench_many(model, shape, members=members, **options), as_json)
+    return bench_many(model, replace(shape, batch=batch), members=members, rank=rank, **timing)
 
 
 @bench.command()
