@@ -15,6 +15,7 @@ def clean(monkeypatch, tmp_path):
         if name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_ENABLE_COMPILATION", "JAXBAKE_CACHE")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "jax", raising=False)  # as before it is imported; what it has stays as it is
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # so that what is set in a test is taken back after it
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1")
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "")
@@ -31,7 +32,24 @@ def test_elsewhere_or_off_where_told(monkeypatch):
     assert keep_compiled("gs://bucket/compiled") == os.environ["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/compiled"
     assert keep_compiled() == "gs://bucket/compiled"  # what jax was told stays
     monkeypatch.setenv("JAXBAKE_CACHE", "off")
-    assert keep_compiled() is None and os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert keep_compiled() is None and os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_from_python_a_loaded_model_is_enough_and_what_jax_was_told_stays(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "JAXBAKE_"))}
+    for first, kept in (
+        ("", str(tmp_path / "jaxbake" / "compiled")),
+        ("jax.config.update('jax_compilation_cache_dir', 'mine')", "mine"),
+    ):
+        code = (
+            f"import jax\n{first}\nimport jaxbake\njaxbake.load('crumb')\nprint(jax.config.jax_compilation_cache_dir)"
+        )
+        out = subprocess.run(
+            [sys.executable, "-c", code], check=True, env=environment | {"JAX_PLATFORMS": "cpu"}, cwd=tmp_path,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert out.stdout.split()[-1] == kept
 
 
 def test_import_and_help_load_nothing_heavy():

@@ -95,8 +95,7 @@ def _root(
     Start with **jaxbake quickstart**: it bakes a prompt into the small model that ships with jaxbake, measures
     what came of it, and says what to try next. It needs no network and no accelerator.
     """
-    if "jax" not in sys.modules:  # jax reads it when it is imported
-        keep_compiled(cache)
+    keep_compiled(cache)
 
 
 def _with_huge_pages() -> None:

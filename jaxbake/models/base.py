@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake import mesh as meshes
+from jaxbake.cache import keep_compiled
 from jaxbake.errors import JaxbakeError
 from jaxbake.files import read_json
 from jaxbake.models import checkpoint, families
@@ -56,7 +57,7 @@ def load(
     rows: int | None = None,
     quantize: str | None = None,
 ) -> Base:
-    """Loads a model in Hugging Face format.
+    """Loads a model in Hugging Face format. From then on jax keeps what it compiles (see `cache.keep_compiled`).
 
     Args:
       name: "crumb" (the model inside jaxbake), a local folder, or a hub name such as Qwen/Qwen3-0.6B, which alone may
@@ -72,6 +73,7 @@ def load(
     Raises JaxbakeError for a folder or hub model that is not there, an unsupported architecture, weights that do not
     fit it or are corrupt, and a mesh that does not divide it.
     """
+    keep_compiled()
     folder = find_folder(str(name))
     if not (folder / "config.json").is_file():
         raise JaxbakeError(f"{folder}: no config.json; a model folder in Hugging Face format has one")
