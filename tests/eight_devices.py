@@ -282,5 +282,25 @@ def test_many_bakes_on_a_mesh_are_those_of_one_device(tmp_path):
     assert all(again.reused for again in bake("fsdp=4,tp=2", tmp_path))
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_a_step_measured_on_a_mesh_does_what_it_does_on_one_device(monkeypatch, online):
+    from jaxbake.bench import step
+    from jaxbake.bench.shape import model_config
+    from jaxbake.bench.sizes import Shape
+
+    monkeypatch.setattr(step, "peak_flops", lambda dtype: 1e12)
+    shape = Shape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=96, vocab=128, prompt_len=16, question_len=8,
+                  response_len=8, batch=8)  # fmt: skip
+    config = model_config(shape)
+    one, many = (
+        step.bench_step(config, shape, steps=2, warmup=1, online=online, mesh=m) for m in (None, "fsdp=4,tp=2")
+    )
+    assert (one["mesh"], many["mesh"]) == ("1 device", "fsdp=4,tp=2")
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert many["share_of_peak"] * 8 * many["median_step_s"] == pytest.approx(
+        one["share_of_peak"] * one["median_step_s"]
+    )
+
+
 def flat(tree) -> dict:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}

@@ -6,9 +6,11 @@ import time
 from dataclasses import asdict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxbake import mesh as meshes
+from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, state_inputs
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.bench.clock import Clock, machine, peak_flops, peak_memory_mb
 from jaxbake.bench.flops import matmul_flops
@@ -19,7 +21,7 @@ from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example
 from jaxbake.memory import trim_after_compiling
 from jaxbake.models.decoder import Prefix
-from jaxbake.models.spec import ModelConfig
+from jaxbake.models.spec import ModelConfig, is_param, param_specs
 from jaxbake.sampling.generate import shared_prefix
 
 EPOCH = 4  # batches of different examples
@@ -37,28 +39,38 @@ def bench_step(
     online: bool = False,
     mixed: bool = False,
     remat: bool = False,
+    mesh: str | None = None,
 ) -> dict:
     """Times bake steps on random weights and tokens; returns what `jaxbake bench step --json` prints.
 
     online: with the teacher's pass, as in the first epoch; otherwise its hidden states are known, as in all later ones.
     mixed: questions and responses of many lengths (log-normal, at most the shape's), packed into rows.
+    mesh: "fsdp=4,tp=2" or "auto", of all devices; the share of the peak is then of theirs together, and memory of one.
     """
     trim_after_compiling()
+    on = None if mesh is None else meshes.mesh(mesh, config, shape.batch)
     prompt, examples = make_examples(config, shape, seed, mixed)
     longest = shape.question_len + shape.response_len
-    batches = Batches(examples, prompt, batch_size=shape.batch, max_length=4 * longest if mixed else longest, seed=seed)
+    batches = Batches(
+        examples, prompt, batch_size=shape.batch, max_length=4 * longest if mixed else longest, seed=seed,
+        rows_multiple=meshes.parts("batch", on), tokens_multiple=meshes.parts("seq", on),
+    )  # fmt: skip
     settings = BakeConfig(
         lora=LoraConfig(rank=rank, alpha=2.0 * rank),
         train=TrainConfig(steps=steps + warmup, batch_size=shape.batch, remat=remat),
         seed=seed,
     )
-    params = random_params(config, dtype, seed)
-    state = init_state(jax.random.key(seed), config, settings)
+    params, lies = random_params(config, dtype, seed), None
+    if on is not None:
+        specs = param_specs(config)
+        params = jax.tree.map(lambda spec, x: meshes.put(x, spec.axes, on), specs, params, is_leaf=is_param)
+        lies = jax.tree.map(lambda x: x.sharding, state_inputs(config, settings, on))
+    state = init_state(jax.random.key(seed), config, settings, lies)
     step = make_bake_step(config, settings)
-    known = _known(config, params, prompt, batches, online, seed)
+    known = _known(config, params, prompt, online, seed, on)
 
     before = peak_flops(dtype)
-    batch = batches.batch(0)
+    batch = put_batch(batches.batch(0), on)
     flops = matmul_flops(step, state, params, batch, **known(batch))
     start = time.perf_counter()
     compiled = step.lower(state, params, batch, **known(batch)).compile()
@@ -68,9 +80,9 @@ def bench_step(
         if n == warmup:
             clock = Clock()
         batch = batches.batch(n)
-        state, metrics = clock.time(lambda batch=batch: step(state, params, batch, **known(batch)))  # noqa: B023
+        state, metrics = clock.time(lambda batch=batch: step(state, params, put_batch(batch, on), **known(batch)))  # noqa: B023
         loss, useful = float(metrics["loss"]), useful + float(np.sum(batch.weights > 0)) * (n >= warmup)
-    peak = max(before, peak_flops(dtype))
+    peak = max(before, peak_flops(dtype)) * (1 if on is None else on.size)
     figures = clock.figures("step")
     median = figures["median_step_s"]
     out = {
@@ -80,6 +92,7 @@ def bench_step(
         "rank": rank,
         "dtype": dtype,
         **machine(),
+        "mesh": meshes.describe(on),
         "response_tokens_per_s": useful / steps / median,
         **figures,
         "compile_s": compile_s,
@@ -117,7 +130,7 @@ def make_examples(config: ModelConfig, shape: Shape, seed: int, mixed: bool) -> 
     return prompt, examples
 
 
-def _known(config: ModelConfig, params, prompt: np.ndarray, batches: Batches, online: bool, seed: int):
+def _known(config: ModelConfig, params, prompt: np.ndarray, online: bool, seed: int, mesh: Mesh | None):
     """Keyword arguments of the step: the prompt's keys and values, or (random, of unit size) hidden states."""
     if online:
         prefix: Prefix | None = shared_prefix(params, None, prompt, config=config) if prompt.size else None
@@ -128,7 +141,7 @@ def _known(config: ModelConfig, params, prompt: np.ndarray, batches: Batches, on
         key = batch.targets.shape
         if key not in hidden:
             random = np.random.default_rng(seed).standard_normal((*key, config.hidden_size), np.float32)
-            hidden[key] = jnp.asarray(random, params["norm"].dtype)
+            hidden[key] = meshes.put(random.astype(params["norm"].dtype), HIDDEN_AXES, mesh)
         return {"teacher_hidden": hidden[key]}
 
     return known

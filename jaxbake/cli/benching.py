@@ -77,7 +77,7 @@ def _show(result: Result, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    title = " · ".join(str(result[k]) for k in ("tool", "mode", "version", "dtype", "device") if k in result)
+    title = " · ".join(str(result[k]) for k in ("tool", "mode", "version", "dtype", "device", "mesh") if k in result)
     grid = Table(title=f"{title} · {result['threads']} threads", show_header=False)
     for key, name, form in _SHOWN:
         if key in result:
@@ -139,6 +139,9 @@ def step(
     ] = False,
     mixed: Annotated[bool, typer.Option("--mixed", help="Questions and responses of many lengths, packed.")] = False,
     remat: Annotated[bool, typer.Option("--remat", help="Recompute each layer in the backward pass.")] = False,
+    mesh: Annotated[
+        str | None, typer.Option("--mesh", help="All devices, as fsdp=4,tp=2 or auto. [default: one device]")
+    ] = None,
 ) -> Result:
     """A whole bake step at steady state, on random weights and tokens.
 
@@ -148,11 +151,11 @@ def step(
 
       jaxbake bench step --size M --prompt-len 4096 --online --json
 
-      jaxbake bench step --config Qwen3-0.6B/config.json --dtype bfloat16 --batch 16
+      jaxbake bench step --config Qwen3-0.6B/config.json --dtype bfloat16 --batch 16 --mesh auto
     """
     from jaxbake.bench.step import bench_step
 
-    return bench_step(model, shape, rank=rank, **timing, online=online, mixed=mixed, remat=remat)
+    return bench_step(model, shape, rank=rank, **timing, online=online, mixed=mixed, remat=remat, mesh=mesh)
 
 
 @bench.command()
