@@ -154,6 +154,20 @@ def test_the_table_of_all_sizes_names_only_commands_it_runs(tmp_path):
     assert len({line.name for line in lines}) == len(lines) >= 15
 
 
+def test_the_page_names_every_command_and_no_folder_of_the_machine(tmp_path):
+    for name in compare.PEERS:
+        (tmp_path / name).write_text("")
+    commands, lines = compare.table(tmp_path, ["M"], python="/bin/python", threads=2, steps=3, trl=False)
+    figures = {"response_tokens_per_s": 8.0, "median_step_s": 0.5, "peak_mb": 100.0, "peak_rss_mb": 300.0}
+    results = {name: [figures | {"share_of_peak": 0.5, "useful_fraction": 0.95, "ratio": 1.4}] for name in commands}
+    page = compare.page(compare.rows(results, lines), commands, results)
+    assert "| M: memory of eager / ours | 100 | 100 | 1.00 | >= 2 | NOT MET |" in page
+    assert "| M: 32 deltas in one step / one delta, as many tokens | 1.4 |  | 1.40 | <= 1.3 | NOT MET |" in page
+    assert "`jaxbake bench step --size M --steps 3 --json` | 8 | 0.5 | 100 |" in page
+    assert "`torch_bake.py --size M --threads 2 --steps 3 --warmup 1`" in page
+    assert str(tmp_path) not in page and "/bin" not in page
+
+
 @pytest.mark.usefixtures("quick")
 def test_bench_commands_print_json():
     arguments = "bench step --layers 1 --hidden 16 --heads 2 --kv-heads 1 --ffn 16 --vocab 50 --prompt-len 4"

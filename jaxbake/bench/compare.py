@@ -19,6 +19,7 @@ from jaxbake.errors import JaxbakeError
 
 OURS = (sys.executable, "-c", "from jaxbake.cli import main; main()", "bench")
 RATES = ("response_tokens_per_s", "student_response_tokens_per_s", "tokens_per_s")
+SECONDS = ("median_step_s", "median_call_s", "median_s")
 MEMORIES = ("peak_mb", "peak_rss_mb")
 PEERS = ("torch_bake.py", "trl_bake.py", "hf_generate.py")
 
@@ -94,6 +95,10 @@ def table(
         shared = theirs("M generate, prompt shared", "hf_generate.py", *rows, "--way", "shared")
         lines.append(Line("M: sampling / Hugging Face generate", sample, naive, "speed", 3.0))
         lines.append(Line("M: sampling / generate with the prompt's cache shared", sample, shared, "speed", None))
+        mixed = ours("M mixed lengths", "step", "--size", "M", "--mixed")
+        lines.append(Line("M, mixed lengths: useful share of computed tokens", mixed, None, "useful_fraction", 0.9))
+        many = ours("M 32 deltas", "many", "--size", "M", "--members", "32", "--batch", "2")
+        lines.append(Line("M: 32 deltas in one step / one delta, as many tokens", many, None, "ratio", 1.3, most=True))
     return commands, lines
 
 
@@ -122,12 +127,43 @@ def rows(results: dict[str, list], lines: Sequence[Line]) -> list[dict[str, Any]
     return out
 
 
+def page(found: Sequence[dict[str, Any]], commands: dict[str, list[str]], results: dict[str, list]) -> str:
+    """The lines as a table of Markdown, and below it every command with its own figures."""
+    out = ["| | ours | theirs | ratio | wanted | |", "|---|---|---|---|---|---|"]
+    for row in found:
+        out.append("| " + " | ".join((row["line"], *cells(row))) + " |")
+    out += ["", "| | command | tokens a second | seconds | MB |", "|---|---|---|---|---|"]
+    for name, command in commands.items():
+        own = command[: len(OURS)] == list(OURS)
+        text = shlex.join(["jaxbake", "bench", *command[len(OURS) :]] if own else [Path(command[1]).name, *command[2:]])
+        figures = [_first(results[name], fields) for fields in (RATES, SECONDS, MEMORIES)]
+        shown = ["" if value is None else f"{value:,.4g}" for value in figures]
+        out.append("| " + " | ".join((name, f"`{text}`", *shown)) + " |")
+    return "\n".join(out) + "\n"
+
+
+def cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    """A line's figures as text: ours, theirs, ratio, what is wanted, and whether it is met."""
+    theirs = "" if row["theirs"] is None else f"{row['theirs']:,.4g}"
+    wanted = "" if row["wanted"] is None else f"{'<=' if row['most'] else '>='} {row['wanted']:g}"
+    met = "" if row["wanted"] is None else "met" if row["met"] else "NOT MET"
+    return f"{row['ours']:,.4g}", theirs, f"{row['ratio']:.2f}", wanted, met
+
+
+def _first(found: Sequence[dict], names: Sequence[str]) -> float | None:
+    """The median of the first of these fields that all results have."""
+    for name in names:
+        values = [one.get(name) for one in found]
+        if None not in values:
+            return statistics.median(values)
+    return None
+
+
 def _median(found: Sequence[dict], figure: str) -> float:
     names = {"speed": RATES, "memory": MEMORIES}.get(figure, (figure,))
-    values = [next((one[name] for name in names if one.get(name) is not None), None) for one in found]
-    if None in values:
+    if (value := _first(found, names)) is None:
         raise JaxbakeError(f"a result has no field {' or '.join(names)}; a rival must print one JSON object with it")
-    return statistics.median(values)
+    return value
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import typer
 from jaxbake.bench.sizes import Shape, make_shape
 from jaxbake.cli import app, show
 from jaxbake.errors import JaxbakeError
+from jaxbake.files import write_whole
 
 bench = typer.Typer(
     help="Measure speed and memory: of a bake step, of its parts, and beside other tools.",
@@ -245,6 +246,9 @@ def compare(
     threads: Annotated[int | None, typer.Option(min=1, help="Of each side. [default: all]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Every command runs once a round, in turn.")] = 2,
     steps: Steps = 5,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Also write the table, and every command with its figures, there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ours and theirs in turn, each in a process of its own on the same processors, and the ratios.
@@ -272,6 +276,8 @@ def compare(
         commands, lines = comparing.against(ours or ["step", "--steps", str(steps)], rival)
     results = comparing.run(commands, rounds, threads, show.note)
     found = comparing.rows(results, lines)
+    if markdown is not None:
+        write_whole(markdown, comparing.page(found, commands, results))
     if as_json:
         show.print_json({"threads": threads, "rounds": rounds, "lines": found, "results": results})
         return
@@ -279,8 +285,5 @@ def compare(
 
     grid = Table("", "ours", "theirs", "ratio", "wanted", "")
     for row in found:
-        theirs = "" if row["theirs"] is None else f"{row['theirs']:,.4g}"
-        wanted = "" if row["wanted"] is None else f"{'<=' if row['most'] else '>='} {row['wanted']:g}"
-        mark = "" if row["wanted"] is None else "met" if row["met"] else "NOT MET"
-        grid.add_row(row["line"], f"{row['ours']:,.4g}", theirs, f"{row['ratio']:.2f}", wanted, mark)
+        grid.add_row(row["line"], *comparing.cells(row))
     show.console().print(grid)
