@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +129,22 @@ def test_a_mesh_of_ones_own():
 )
 def test_auto_gives_every_device_a_row_with_the_least_tp(count, rows, slices, sizes):
     assert meshes.auto_sizes(count, LLAMA, rows, slices) == sizes
+
+
+def test_auto_does_not_gather_over_all_chips_of_a_large_slice_in_three_directions():
+    """v5p from 64 chips on, seen in plans; not smaller ones, nor chips in a plane, nor what has no place at all."""
+
+    def chips(*sides):
+        return [SimpleNamespace(coords=list(at)) for at in itertools.product(*map(range, sides))]
+
+    known = {sides: meshes.widest_gather(chips(*sides)) for sides in ((4, 4, 4), (2, 4, 8), (2, 4, 4), (8, 8, 1))}
+    assert known == {(4, 4, 4): 32, (2, 4, 8): 32, (2, 4, 4): None, (8, 8, 1): None}
+    assert meshes.widest_gather(chips(4, 4, 4) * 2) == 32  # slices are alike
+    assert meshes.widest_gather(jax.devices()) is None
+    wide = replace(LLAMA, hidden_size=64)
+    assert meshes.auto_sizes(64, wide, 64) == {"replica": 1, "fsdp": 64, "tp": 1}
+    assert meshes.auto_sizes(64, wide, 64, most=32) == {"replica": 1, "fsdp": 32, "tp": 2}
+    assert meshes.auto_sizes(128, wide, 128, 2, most=32) == {"replica": 2, "fsdp": 32, "tp": 2}
 
 
 def test_auto_says_what_does_not_divide():
