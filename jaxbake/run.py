@@ -141,7 +141,7 @@ def run_recipes(
       progress: called as work advances; "sample" and "evaluate" count recipes.
 
     What is finished is returned as it is, whether it was baked so or by `run_recipe`. Raises JaxbakeError as
-    `run_recipe` does, and where models, outputs or losses differ, or names do not; Preempted after a SIGTERM;
+    `run_recipe` does, and where models, outputs, losses or meshes differ, or names do not; Preempted after a SIGTERM;
     TrainingDiverged at the end where a bake diverged, with all others written.
     """
     progress, started = progress or silent, time.monotonic()
@@ -154,7 +154,8 @@ def run_recipes(
     jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
     if all(job.finished for job in jobs):
         return [job.finished for job in jobs]
-    base = load(first.model, dtype=first.dtype, quantize=first.quantize)
+    rows = min(job.recipe.bake.train.batch_size for job in jobs)
+    base = load(first.model, dtype=first.dtype, mesh=first.bake.mesh, rows=rows, quantize=first.quantize)
     specs = [
         BakeSpec(
             job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
