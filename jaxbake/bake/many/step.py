@@ -66,21 +66,30 @@ def _norms(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x), axis=(0, 2, 3)) for x in jax.tree.leaves(tree)))
 
 
-def _updates(hyper: Hyper, rate: jax.Array, grads: dict, norm: jax.Array, opt_state: Any, factors: dict):
-    """As the optimizer of `step.make_optimizer` makes them, with a member's settings for its part of each leaf.
+def _chosen(which: jax.Array, new: Any, old: Any) -> Any:
+    """The new values of the members that `which`, bool [M], says, and the old ones of the others."""
+    return jax.tree.map(lambda n, o: jnp.where(_wide(which) if n.ndim > 2 else which, n, o), new, old)
 
-    Returns the updates and the new state of the optimizer, which has that one's form.
+
+def _update(hyper: Hyper, rate: jax.Array, chosen: jax.Array, grads: dict, opt_state: Any, factors: dict):
+    """The optimizer of `step.make_optimizer` behind its clipping, with each member's settings for its part of a leaf.
+
+    Returns the updates, and the new state of the optimizer: that of the `chosen` members.
     """
-    h, rate, norm = _wide(replace(hyper, rates=None)), _wide(rate), _wide(norm)
-    clipped = jax.tree.map(lambda g: jnp.where(norm < h.clip_norm, g, (g / norm) * h.clip_norm), grads)
-    optimizer = optax.chain(
-        optax.identity(),
-        optax.scale_by_adam(h.b1, h.b2, h.eps),
-        optax.add_decayed_weights(h.weight_decay),
-        optax.scale_by_learning_rate(lambda _: rate),
-    )
-    updates, opt_state = optimizer.update(clipped, _wide(opt_state), factors)
-    return updates, jax.tree.map(lambda x: x.reshape(-1) if x.ndim == 3 else x, opt_state)
+    h, (clip, adam, decay, schedule) = _wide(replace(hyper, rates=None)), opt_state
+    count = adam.count + 1
+    mu = optax.tree.update_moment(grads, adam.mu, h.b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, adam.nu, h.b2, 2)
+    new = optax.ScaleByAdamState(count, mu, nu), optax.ScaleByScheduleState(schedule.count + 1)
+    # The updates are made from moments already in their place: otherwise a CPU copies the old ones first.
+    adam, schedule = jax.lax.optimization_barrier(_chosen(chosen, new, (adam, schedule)))
+    mu = optax.tree.bias_correction(adam.mu, h.b1, _wide(count))
+    nu = optax.tree.bias_correction(adam.nu, h.b2, _wide(count))
+
+    def update(m, v, factor):
+        return -_wide(rate) * (m / (jnp.sqrt(v) + h.eps) + h.weight_decay * factor)
+
+    return jax.tree.map(update, mu, nu, factors), (clip, adam, decay, schedule)
 
 
 def init_states(model_config: ModelConfig, configs: Sequence[BakeConfig]) -> BakeState:
@@ -202,19 +211,14 @@ def make_many_step(
         total, count, grads = accumulated(delta, params, batch.replace(teacher=None), teacher_hidden)
         count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
-        grads = jax.tree.map(lambda g: g / _wide(count), grads)
-        loss, grad_norm = total / count, _norms(grads)
+        loss, grad_norm = total / count, _norms(grads) / count
+        good = state.good & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        share = jnp.where(grad_norm < hyper.clip_norm, 1, hyper.clip_norm / grad_norm) / count
+        grads = jax.tree.map(lambda g: _wide(share) * g, grads)
         at = jnp.minimum(state.step, hyper.rates.shape[1] - 1)
         rate = jnp.take_along_axis(hyper.rates, at[:, None], axis=1)[:, 0]
-        updates, opt_state = _updates(hyper, rate, grads, grad_norm, state.opt_state, delta.factors)
-        good = state.good & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        factors = optax.apply_updates(delta.factors, updates)
-
-        def settled(new, old):
-            chosen = good & active
-            return jnp.where(chosen.reshape((1, -1, 1, 1) if new.ndim > 2 else (-1,)), new, old)
-
-        new = state.replace(step=state.step + 1, delta=delta.replace(factors=factors), opt_state=opt_state)
+        chosen = good & active
+        updates, opt_state = _update(hyper, rate, chosen, grads, state.opt_state, delta.factors)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -222,8 +226,13 @@ def make_many_step(
             "learning_rate": rate,
             "tokens": count,
         }
-        kept = jax.tree.map(settled, new.replace(key=None, good=None), state.replace(key=None, good=None))
-        kept = kept.replace(key=state.key, good=jnp.where(active, good, state.good))
+        factors = _chosen(chosen, optax.apply_updates(delta.factors, updates), delta.factors)
+        kept = state.replace(
+            step=jnp.where(chosen, state.step + 1, state.step),
+            delta=delta.replace(factors=factors),
+            opt_state=opt_state,
+            good=jnp.where(active, good, state.good),
+        )
         mesh = mesh_of(params)
         kept = jax.tree.map(lambda x, axes: constrain(x, axes, mesh), kept, _axes(kept, model_config))
         return kept, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
