@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -281,3 +282,25 @@ def test_a_tiny_model_compiles_for_a_tpu(tmp_path):
     endless = replace(request, programs=("decode",), sizes=replace(request.sizes, prompt=2**26))
     missed = make_plan(endless, tries=0)
     assert not missed.asked.fits and missed.asked["decode"].memory.over > GIB and missed.best is None
+
+
+def test_growth_is_tabulated(monkeypatch):
+    """Each size with both steps; the case itself in every table; what one more costs, from line to line."""
+    monkeypatch.syspath_prepend(str(ROOT / "tpu_scripts"))
+    import growth
+
+    base = request_for("v5e:2x2", model="crumb", mesh="fsdp=4")
+    points = list(growth.points(replace(base, model={**base.model, "vocab_size": 128_256})))
+    assert len(points) == 18 and sum(not point.name for point in points) == 6
+    assert {point.request.model["vocab_size"] for point in points if point.what == "vocabulary"} == {
+        32_000, 128_256, 256_000,
+    }  # fmt: skip
+    memory = Memory(weights=1, state=1, inputs=1, hbm=16 * GIB, peak=GIB)
+    done = [
+        (point, Case("fsdp=4", 1, True, (Figures("online", memory, 1.0, 4 << 20, 1000, 7 * point.value + 5),)))
+        for point in points
+    ]
+    text = growth.page(base, "crumb", "no compiler", done)
+    lines = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert len(lines) == 18
+    assert [line[5] for line in lines] == ["-", "7", "7"] * 6

@@ -5,6 +5,10 @@
 
 FOLDER holds NAME/config.json for every model below (the files of the Hugging Face hub; no weights). What is compiled
 is kept in runs/plans, so that the command can be stopped and run again; `--fresh` begins anew. Some minutes a program.
+
+    python tpu_scripts/make_plans.py --configs FOLDER --growth
+
+makes GROWTH.md instead: what the first case costs with other numbers of rows, prompts and vocabularies.
 """
 
 from __future__ import annotations
@@ -12,7 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+
+import growth
 
 from jaxbake.errors import JaxbakeError
 from jaxbake.plan import Case, Request, request_for
@@ -76,16 +83,15 @@ def row(request: Request, case: Case) -> list[str]:
     ]
 
 
+def versions() -> str:
+    """Of the compiler and of what feeds it."""
+    return f"jax {version('jax')}, libtpu {version('libtpu')}"
+
+
 def page(done: dict[str, list[tuple[Request, Case]]]) -> str:
     """PLANS.md."""
-    from importlib.metadata import version
-
-    import jax
-
     request = next(iter(done.values()))[0][0]
-    text = HEAD.format(
-        versions=f"jax {jax.__version__}, libtpu {version('libtpu')}", decoded=request.bake.sampling.batch_size
-    )
+    text = HEAD.format(versions=versions(), decoded=request.bake.sampling.batch_size)
     columns = ["", "weights / delta and optimizer / temporary", "peak", "", "matmul FLOPs", "cycles", "share",
                "collectives", "waits", "kernels", "compiled in"]  # fmt: skip
     for program, cases in done.items():
@@ -102,25 +108,53 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--kept", type=Path, default=HERE.parent / "runs" / "plans")
     parser.add_argument("--fresh", action="store_true", help="compile again what has been compiled")
+    parser.add_argument("--growth", action="store_true", help="make GROWTH.md, not PLANS.md")
     asked = parser.parse_args()
     check_compiler()
     asked.kept.mkdir(parents=True, exist_ok=True)
+    if asked.growth:
+        make_growth(asked)
+        return
     done: dict[str, list[tuple[Request, Case]]] = {}
     for program in PROGRAMS:
-        for model, topology, slices, mesh in CASES:
-            name = model if model == "crumb" else str(asked.configs / model)
-            request = replace(request_for(topology, model=name, slices=slices, mesh=mesh), programs=(program,))
-            path = asked.kept / f"{model}_{topology.replace(':', '-')}_{slices}_{mesh}_{program}.json"
-            if (not path.exists() or asked.fresh) and program in asked.programs and model in (asked.only or [model]):
-                print(f"{program}: {describe(request)}", flush=True)
-                try:
-                    path.write_text(json.dumps(asdict(compile_elsewhere(request)[0]), indent=1))
-                except JaxbakeError as error:
-                    print(f"  {error}", flush=True)
-            if path.exists():
-                done.setdefault(program, []).append((request, read_case(json.loads(path.read_text()))))
+        for case in CASES:
+            request = replace(ask(asked.configs, *case), programs=(program,))
+            if (known := had(request, asked, wanted=case[0] in (asked.only or [case[0]]))) is not None:
+                done.setdefault(program, []).append((request, known))
             if done:
                 (HERE / "PLANS.md").write_text(page(done))
+
+
+def make_growth(asked: argparse.Namespace) -> None:
+    """GROWTH.md."""
+    base, seen, done = ask(asked.configs, *CASES[0]), {}, []
+    for point in growth.points(base):
+        program = point.name, point.request.programs  # the case itself stands in every table
+        if program not in seen:
+            seen[program] = had(point.request, asked, point.name)
+        if (known := seen[program]) is not None:
+            done.append((point, known))
+            (HERE / "GROWTH.md").write_text(growth.page(base, describe(base), versions(), done))
+
+
+def ask(configs: Path, model: str, topology: str, slices: int, mesh: str) -> Request:
+    """A case of the table."""
+    return request_for(topology, model=model if model == "crumb" else str(configs / model), slices=slices, mesh=mesh)
+
+
+def had(request: Request, asked: argparse.Namespace, name: str = "", wanted: bool = True) -> Case | None:
+    """A case of one program, from what is kept or compiled now; None where it is not wanted, or could not be."""
+    (program,) = request.programs
+    model = request.name.rpartition("/")[2]
+    where = f"{model}_{request.topology.replace(':', '-')}_{request.slices}_{request.mesh}_{program}"
+    path = asked.kept / f"{where}{name and '_' + name}.json"
+    if wanted and program in asked.programs and (asked.fresh or not path.exists()):
+        print(f"{program}: {describe(request)} {name}", flush=True)
+        try:
+            path.write_text(json.dumps(asdict(compile_elsewhere(request)[0]), indent=1))
+        except JaxbakeError as error:
+            print(f"  {error}", flush=True)
+    return read_case(json.loads(path.read_text())) if path.exists() else None
 
 
 if __name__ == "__main__":
