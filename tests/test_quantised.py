@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import jaxbake as jb
 from jaxbake.bake.abstract import params_inputs
+from jaxbake.bake.quantisation import quantisation_report
 from jaxbake.cli import app
 from jaxbake.errors import JaxbakeError
 from jaxbake.mesh import AXES
@@ -60,14 +61,44 @@ def weight(size_in=96, size_out=40):
 def test_the_integers_are_the_nearest(kind):
     w = weight()
     q = quantise(w, kind)
-    most, step = (127, np.abs(w).max(0) / 127) if kind == "int8" else (7, None)
+    low, high, step = (-127, 127, q.scales) if kind == "int8" else (-8, 7, np.repeat(q.scales, 32, axis=0))
     whole = np.asarray(integers(q, jnp.float32))
-    assert np.abs(whole).max() == most and np.all(whole == np.round(whole))
-    if step is None:
-        step = np.repeat(np.abs(w.reshape(-1, 32, 40)).max(1) / 7, 32, axis=0)
-    error = np.abs(np.asarray(dequantised(q)) - w)
-    assert np.all(error <= step / 2 * (1 + 1e-5))
+    assert np.abs(whole).max() == -low and np.all(whole == np.clip(np.rint(w / step), low, high))
+    np.testing.assert_allclose(dequantised(q), whole * step, rtol=1e-6)
+    if kind == "int8":
+        np.testing.assert_allclose(step, np.abs(w).max(0) / 127, rtol=1e-6)
     assert q.kind == kind
+
+
+def plain_int4(weight_IO, kind):
+    """int4 whose largest weight becomes 7, as a dequantised weight: what the search for scales is measured against."""
+    grouped = weight_IO.reshape(*weight_IO.shape[:-2], -1, group_size(weight_IO.shape[-2]), weight_IO.shape[-1])
+    step = np.abs(grouped).max(-2, keepdims=True) / 7
+    return (np.rint(grouped / np.where(step > 0, step, 1)) * step).reshape(weight_IO.shape)
+
+
+def test_searched_scales_leave_less_error_in_every_group():
+    w = np.random.default_rng(1).standard_t(5, size=(3, 256, 64)).astype(np.float32)
+    w[1, :128, 3] = 0
+
+    def error(found):
+        return ((np.asarray(found) - w).reshape(3, 2, 128, 64) ** 2).sum(2)
+
+    plain, searched = error(plain_int4(w, "int4")), error(dequantised(quantise(w, "int4")))
+    assert np.all(searched <= plain * (1 + 1e-5)) and searched.sum() < 0.75 * plain.sum()
+    groups = w.reshape(3, 2, 128, 64)
+    peak = np.take_along_axis(groups, np.abs(groups).argmax(2)[:, :, None], 2) / -8
+    for part in np.linspace(0.6, 1.1, 11):  # no one part of the peak is as good for all groups
+        step = np.where(peak == 0, 1, peak * part)
+        assert searched.sum() < error((np.clip(np.rint(groups / step), -8, 7) * step).reshape(w.shape)).sum()
+
+
+def test_searched_scales_leave_less_divergence(folder, monkeypatch):
+    texts = ["Where is the harbour?", "Say hello.", "A longer question about nothing in particular, please."]
+    searched = quantisation_report(folder, "int4", texts)
+    monkeypatch.setattr("jaxbake.models.quantised.quantise", plain_int4)
+    plain = quantisation_report(folder, "int4", texts)
+    assert 0 < searched.kl < 0.85 * plain.kl
 
 
 def test_a_layer_of_zeros_stays_zero(kind):
