@@ -259,7 +259,7 @@ def test_many_bakes_on_a_mesh_are_those_of_one_device(tmp_path):
     from tiny_base import CONFIG as SMALL
     from tiny_base import CONTEXTS, PINS, STIMULI, tiny_base, with_train
 
-    short = replace(SMALL, sampling=replace(SMALL.sampling, max_tokens=5))
+    short = replace(SMALL, optimizer=ADAM, sampling=replace(SMALL.sampling, max_tokens=5))
     wide = replace(short, lora=LoraConfig(rank=2, alpha=2.0, targets="all"), seed=2)
     configs = {
         "one": with_train(short, steps=8, checkpoint_every=4),
