@@ -182,6 +182,36 @@ class TrainConfig:
         _require(self.patience is None or self.patience >= 1, "train.patience: must be at least 1")
 
 
+OTHERS_TOP_K = 64
+"""How much is kept of another model's distribution by default."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Whom the unprompted model is to become like; by default the base itself behind the prompt.
+
+    model: another model, by hub name or folder, with the base's vocabulary. It answers the stimuli, behind the prompt,
+      and its distributions are what is matched; it is asked once, and its weights are let go before the training. Pins
+      stay the base's own.
+    top_k: keep the teacher's so many most likely tokens at each place and the mass of all others, instead of its hidden
+      states. The divergence is then that over these k + 1 outcomes, a lower bound of the full one, and `held_out_kl`
+      too where another model teaches. None: hidden states and the full divergence; for another model, 64.
+    """
+
+    model: str | None = None
+    top_k: int | None = None
+
+    def __post_init__(self):
+        _require(
+            self.model is None or bool(self.model.strip()), "teacher.model: is empty; name a model, or leave it out"
+        )
+        _require(self.top_k is None or self.top_k >= 1, f"teacher.top_k: {self.top_k} must be at least 1; usual is 64")
+
+    def tokens_kept(self, other: bool) -> int | None:
+        """k, or None where hidden states are kept; `other`: another model teaches."""
+        return OTHERS_TOP_K if other and self.top_k is None else self.top_k
+
+
 @dataclass(frozen=True)
 class BakeConfig:
     """How a prompt is baked.
@@ -195,6 +225,7 @@ class BakeConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    teacher: TeacherConfig = TeacherConfig()
     seed: int = 0
     mesh: str | None = None
 

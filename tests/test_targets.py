@@ -47,7 +47,7 @@ def test_the_key_tells_apart_what_the_teacher_reads():
         ids = [np.array(x, np.int32) for x in (prefix, [], tail)]
         return Example("bake", ids[0], ids[1], ids[2], np.ones(len(tail), bool))
 
-    none, some = np.zeros(0, np.int32), np.ones(2, np.int32)
+    none, some = [np.zeros(0, np.int32)], [np.ones(2, np.int32)]
     keys = {
         content_key("base", [example([1, 2], [3])], none),
         content_key("base", [example([1], [2, 3])], none),

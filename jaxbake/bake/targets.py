@@ -1,4 +1,4 @@
-"""The teacher's hidden states, computed once and kept where there is room: on the device, in memory, or in a file."""
+"""What the teacher says, computed once and kept where there is room: on the device, in memory, or in a file."""
 
 from __future__ import annotations
 
@@ -6,20 +6,54 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxbake.config import TrainConfig
 from jaxbake.data.chat import Example
 from jaxbake.files import AnyPath, is_remote, write_whole
+from jaxbake.objectives import TopK
 
 FILE, NOTE = "teacher.bin", "teacher.json"
 
 
 ROOMS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is kept of a teacher at a token: its final hidden state, or its `top_k` most likely tokens and the others'
+    mass (`objectives.TopK`), at a temperature."""
+
+    top_k: int | None = None
+    temperature: float = 1.0
+
+    def layout(self, tokens: int, width: int, dtype: Any) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of a table of so many tokens: [tokens, D] of `dtype`, or [tokens] of records in float32,
+        whatever the model's own dtype is."""
+        if self.top_k is None:
+            return (tokens, width), np.dtype(dtype)
+        k = (self.top_k,)
+        return (tokens,), np.dtype([("ids", np.int32, k), ("log_probs", np.float32, k), ("log_tail", np.float32)])
+
+
+def columns(rows: np.ndarray) -> Any:
+    """A table's rows as an objective takes them: hidden states, or a `TopK`."""
+    return rows if rows.dtype.names is None else TopK(*(rows[name] for name in TopK._fields))
+
+
+def write_rows(rows: np.ndarray, at: np.ndarray, said: Any) -> None:
+    """Puts hidden states or a `TopK` into these rows of a table."""
+    if rows.dtype.names is None:
+        rows[at] = said
+        return
+    for name, values in zip(TopK._fields, said, strict=True):
+        rows[name][at] = values
+
 
 
 def where_to_keep(
@@ -36,10 +70,12 @@ def where_to_keep(
     return next((room for room, gigabytes in rooms if size + taken.get(room, 0) <= gigabytes * 2**30), None)
 
 
-def content_key(base_digest: str, examples: Iterable[Example], prefix_P: np.ndarray) -> str:
-    """What the teacher's hidden states depend on: base, tokens, and how they are split into prefix and row."""
-    digest = hashlib.sha256(base_digest.encode())
-    for ids in (prefix_P, *(part for e in examples for part in (e.teacher_prefix, e.tail, e.mask))):
+def content_key(teacher: str, examples: Iterable[Example], prompts: Sequence[np.ndarray]) -> str:
+    """What the teacher says depends on: the teacher (digests, form), tokens, and how they are split into prefix and
+    row."""
+    digest = hashlib.sha256(teacher.encode())
+    parts = ((e.teacher_prefix, e.tail, e.mask, np.int32([e.prompt, e.kind == "pin"])) for e in examples)
+    for ids in (*prompts, *(part for group in parts for part in group)):
         array = np.ascontiguousarray(ids)
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(array.tobytes())
@@ -48,7 +84,7 @@ def content_key(base_digest: str, examples: Iterable[Example], prefix_P: np.ndar
 
 @dataclass
 class Table:
-    """Rows [matched tokens of all examples, D], written once. complete: they are those of an earlier run already."""
+    """Rows for the matched tokens of examples, written once. complete: they are those of an earlier run already."""
 
     rows: np.ndarray
     complete: bool = False
@@ -64,7 +100,7 @@ class Table:
         self.complete = True
 
 
-def open_table(shape: tuple[int, int], dtype: np.dtype, folder: Path | None, key: str) -> Table:
+def open_table(shape: tuple[int, ...], dtype: np.dtype, folder: Path | None, key: str) -> Table:
     """A table in memory, or where a folder is given in a file of it, mapped into memory.
 
     A finished file with the same key is taken as it is; any other is written anew.
@@ -72,7 +108,13 @@ def open_table(shape: tuple[int, int], dtype: np.dtype, folder: Path | None, key
     dtype = np.dtype(dtype)
     if folder is None:
         return Table(np.zeros(shape, dtype))
-    note = json.dumps({"key": key, "shape": list(shape), "dtype": dtype.name}, indent=2) + "\n"
+    note = (
+        json.dumps(
+            {"key": key, "shape": list(shape), "dtype": dtype.name if dtype.names is None else str(dtype.descr)},
+            indent=2,
+        )
+        + "\n"
+    )
     path, beside = folder / FILE, folder / NOTE
     size = math.prod(shape) * dtype.itemsize
     if beside.is_file() and beside.read_text("utf-8") == note and path.is_file() and path.stat().st_size == size:

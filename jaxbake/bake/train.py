@@ -7,34 +7,29 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
-from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, state_inputs
+from jaxbake.bake.abstract import put_batch, state_inputs
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog, Runs
+from jaxbake.bake.known import Known, Teachers, teach
+from jaxbake.bake.other import Other
 from jaxbake.bake.progress import Progress
 from jaxbake.bake.step import BakeState, init_state, make_bake_step, make_eval_step
-from jaxbake.bake.targets import Table, content_key, open_table, where_to_keep
-from jaxbake.bake.teacher import hidden_at
 from jaxbake.config import BakeConfig
-from jaxbake.data.batches import Batch, Batches, View, shared_prefix
+from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.files import AnyPath
 from jaxbake.memory import trim_after_compiling
-from jaxbake.mesh import parts, put
+from jaxbake.mesh import parts
 from jaxbake.models.base import Base
-from jaxbake.models.decoder import Prefix
-from jaxbake.models.spec import ModelConfig
-from jaxbake.sampling import shared_prefix as prefix_of
 
 
 @dataclass(frozen=True)
@@ -69,57 +64,16 @@ class Best:
         return {"kl": self.kl, "step": self.step, "since": self.since}
 
 
-@partial(jax.jit, static_argnums=3)
-def teacher_hidden_of(params: Any, view: View, prefix: Prefix | None, config: ModelConfig) -> jax.Array:
-    return hidden_at(params, None, view, config=config, prefix=prefix)
-
-
-def ask_once(base: Base, batches: Batches, prefix: Prefix | None, rows: np.ndarray) -> None:
-    """Writes the teacher's hidden states at every matched token into `rows` [matched, D], ordered as `Batch.source`."""
-    for n in range(-(-len(batches.examples) // batches.batch_size)):
-        batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
-        placed = put_batch(batch, base.mesh)
-        hidden = teacher_hidden_of(base.params, placed.teacher, prefix, base.config)
-        rows[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
-
-
-class _KnownTeacher:
-    """The teacher's hidden states at every matched token of the examples: the base is frozen, one pass is enough.
-
-    table: for all their matched tokens, in the order of `Batch.source`. on_device: it is copied there whole, otherwise
-      each step's rows are.
-    """
-
-    def __init__(self, base: Base, batches: Batches, prefix: Prefix | None, table: Table, on_device: bool):
-        if not table.complete:
-            ask_once(base, batches, prefix, table.rows)
-        table.finish()
-        self._mesh, self._table = base.mesh, jnp.asarray(table.rows) if on_device else table.rows
-
-    def __call__(self, batch: Batch) -> jax.Array:
-        if isinstance(self._table, np.ndarray):
-            rows = self._table[np.maximum(batch.source, 0)]
-            return put(rows, HIDDEN_AXES, self._mesh) if self._mesh else jnp.asarray(rows)
-        return take_rows(self._table, batch.source)
-
-
-@jax.jit
-def take_rows(table: jax.Array, source: jax.Array) -> jax.Array:
-    return jnp.take(table, source, axis=0, mode="clip")  # padding (-1) takes row 0, and weighs nothing
-
-
 class _HeldOut:
     """Evaluation on the held-out examples; what the teacher says about them is computed once."""
 
-    def __init__(self, base: Base, config: BakeConfig, batches: Batches, prefix: Prefix | None):
+    def __init__(self, base: Base, config: BakeConfig, batches: Batches, known: Known):
         self._params = base.params
         self._evaluate = make_eval_step(base.config, config)
-        self._batches = []
-        for batch in (put_batch(batch, base.mesh) for batch in batches.all()):
-            self._batches.append((batch, teacher_hidden_of(base.params, batch.teacher, prefix, base.config)))
+        self._batches = [(put_batch(batch, base.mesh), known(batch.source)) for batch in batches.all()]
 
     def __call__(self, delta: Delta) -> dict[str, float]:
-        sums = [self._evaluate(delta, self._params, b, None, teacher_hidden=hidden) for b, hidden in self._batches]
+        sums = [self._evaluate(delta, self._params, batch, **told) for batch, told in self._batches]
         kl, count, agreement = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
         return {"held_out_kl": kl / count, "held_out_agreement": agreement / count}
 
@@ -132,32 +86,23 @@ def train(
     folder: AnyPath | None,
     progress: Progress,
     runs: Runs,
+    other: Other | None = None,
 ) -> Trained:
     """Trains a delta on the examples, or goes on from the folder's newest checkpoint, bitwise as if never stopped.
 
-    Without a folder nothing is written. Raises Preempted once everything is saved after a SIGTERM (see
-    `hosts.start`), and TrainingDiverged where a loss is not finite; its attribute `delta` is
-    the last good one, and the folder's newest checkpoint its state.
+    Their teacher is the base, or the other model. Without a folder nothing is written. Raises Preempted once everything
+    is saved after a SIGTERM (see `hosts.start`), and TrainingDiverged where a loss is not finite; its attribute `delta`
+    is the last good one, and the folder's newest checkpoint its state.
     """
     trim_after_compiling()
-    shared = shared_prefix([*examples, *held_out])
-    prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
     settings, accumulate = config.train, config.optimizer.accumulate
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length, "seed": config.seed}
     rows = parts("batch", base.mesh)  # every device has as many of them
     sizes["tokens_multiple"] = parts("seq", base.mesh)
-    batches = Batches(examples, shared, rows_multiple=accumulate * rows, **sizes)
-    visits = settings.steps * settings.batch_size / len(examples)
-    shape = sum(int(example.mask.sum()) for example in examples), base.config.hidden_size
-    dtype = base.params["norm"].dtype
-    room = where_to_keep(math.prod(shape) * dtype.itemsize, settings, folder if jax.process_count() == 1 else None)
-    teacher = None
-    if visits > 1 and room and config.loss.divergence != "cross_entropy":
-        key = content_key(base.digest, examples, shared)
-        table = open_table(shape, dtype, folder / layout.TEACHER if room == "disk" else None, key)
-        on_device = room == "device" and base.mesh is None  # on a mesh each device is given what its rows need
-        teacher = _KnownTeacher(base, batches, prefix, table, on_device)
-    evaluate = _HeldOut(base, config, Batches(held_out, shared, rows_multiple=rows, **sizes), prefix)
+    teachers = Teachers(base, [*examples, *held_out], settings.batch_size, other)
+    batches = Batches(examples, teachers.prompts, rows_multiple=accumulate * rows, **sizes)
+    told, known = teach(teachers, config, batches, folder)
+    evaluate = _HeldOut(base, config, Batches(held_out, teachers.prompts, rows_multiple=rows, **sizes), known)
     step = make_bake_step(base.config, config)
     lie = base.mesh and jax.tree.map(lambda x: x.sharding, state_inputs(base.config, config, base.mesh))
     state, best = init_state(jax.random.key(config.seed), base.config, config, lie), Best()
@@ -201,10 +146,7 @@ def train(
         batch = batches.batch(n)
         while n < settings.steps and not (settings.patience and best.since >= settings.patience):
             placed = put_batch(batch, base.mesh)
-            if teacher is None:
-                state, metrics = step(state, base.params, placed, prefix)
-            else:
-                state, metrics = step(state, base.params, placed, teacher_hidden=teacher(batch))
+            state, metrics = step(state, base.params, placed, **told(n, batch))
             n += 1
             waiting.append((n, metrics))
             batch = batches.batch(n)  # while the step runs

@@ -74,7 +74,13 @@ def shared_prefix(examples: Sequence[Example]) -> np.ndarray:
     return first[: max(length, 0)].astype(np.int32)
 
 
-def _bucket(length: int) -> int:
+def left_out(example: Example, shared: np.ndarray) -> int:
+    """How many tokens of a shared prefix an example's teacher row does without: it begins with them, and a token that
+    predicts the first one of the tail stays."""
+    return min(_match(example.teacher_prefix, shared), max(example.teacher_prefix.size - 1, 0))
+
+
+def bucket(length: int) -> int:
     """The next row length: a multiple of 8, from 128 on with eight steps an octave, from 1024 on a multiple of 128."""
     step = min(max(8, (1 << max(length - 1, 1).bit_length()) >> 4), 128)
     return -(-length // step) * step
@@ -102,8 +108,8 @@ class Batches:
 
     Args:
       examples: at least one.
-      shared: token prefix [P] whose keys and values the teacher has at hand (see `shared_prefix`); each example leaves
-        out of its teacher row as much of it as it begins with.
+      shared: token prefix [P] whose keys and values the teacher has at hand (see `shared_prefix`), or one for each
+        prompt; each example leaves out of its teacher row as much of its own as it begins with.
       batch_size: examples a step.
       max_length: longest row an example may need, in tokens; the part left out is not counted.
       rows_multiple: the number of rows B is a multiple of it (devices along the batch, accumulated micro-batches).
@@ -115,7 +121,7 @@ class Batches:
     def __init__(
         self,
         examples: Sequence[Example],
-        shared: np.ndarray | None = None,
+        shared: np.ndarray | Sequence[np.ndarray] | None = None,
         *,
         batch_size: int,
         max_length: int,
@@ -126,12 +132,12 @@ class Batches:
         if not examples:
             raise JaxbakeError("no examples to make batches of")
         self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
-        self.shared = np.zeros(0, np.int32) if shared is None else np.asarray(shared, np.int32)
         self._multiple, self._tokens_multiple = rows_multiple, tokens_multiple
         student = [np.concatenate([e.student_prefix, e.tail]) for e in examples]
         teacher = [np.concatenate([e.teacher_prefix, e.tail]) for e in examples]
-        # A token of the prefix stays in the row: its hidden state predicts the first token of the tail.
-        hidden = [min(_match(e.teacher_prefix, self.shared), max(e.teacher_prefix.size - 1, 0)) for e in examples]
+        shared = np.zeros(0, np.int32) if shared is None else shared
+        alone = isinstance(shared, np.ndarray)
+        hidden = [left_out(e, shared if alone else shared[e.prompt]) for e in examples]
         self._student = _side(student, [0] * len(student))
         self._teacher = _side(teacher, hidden)
         self._check(max_length)
@@ -161,7 +167,7 @@ class Batches:
             if longest > max_length:
                 raise JaxbakeError(
                     f"example {i} ({example.kind}) is {longest} tokens long, more than train.max_length: {max_length}; "
-                    f"raise it to {_bucket(longest)}, or lower sampling.max_tokens"
+                    f"raise it to {bucket(longest)}, or lower sampling.max_tokens"
                 )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -214,7 +220,7 @@ class Batches:
         return useful / computed
 
     def _bucket(self, length: int) -> int:
-        return -(-_bucket(length) // self._tokens_multiple) * self._tokens_multiple
+        return -(-bucket(length) // self._tokens_multiple) * self._tokens_multiple
 
     def _round(self, rows: int) -> int:
         return -(-rows // self._multiple) * self._multiple
@@ -277,8 +283,8 @@ class Batches:
     def _assemble(self, chosen: np.ndarray) -> Batch:
         rows = self._pack(chosen, self._shapes[0])
         shape = self._fit(self._shapes, len(rows))
-        student = _empty_view(shape.rows, shape.student, shape.matched)
-        teacher = _empty_view(shape.rows, shape.teacher, shape.matched)
+        student = empty_view(shape.rows, shape.student, shape.matched)
+        teacher = empty_view(shape.rows, shape.teacher, shape.matched)
         targets = np.zeros((shape.rows, shape.matched), np.int32)
         weights = np.zeros((shape.rows, shape.matched), np.float32)
         source = np.full((shape.rows, shape.matched), -1, np.int32)
@@ -339,7 +345,8 @@ def _side(sequences: list[np.ndarray], hidden: list[int]) -> _Side:
     return _Side(tokens, np.cumsum(lengths) - lengths, lengths, np.array(hidden))
 
 
-def _empty_view(rows: int, length: int, matched: int) -> View:
+def empty_view(rows: int, length: int, matched: int) -> View:
+    """A view of padding."""
     return View(*(np.zeros((rows, length), np.int32) for _ in range(4)), index=np.zeros((rows, matched), np.int32))
 
 

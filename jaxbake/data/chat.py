@@ -34,6 +34,7 @@ class Example:
     tail: the tokens common to both views, after the prefixes.
     mask: bool over tail, the tokens to be matched: assistant tokens and the end-of-turn token.
     weight: how much each of its tokens counts.
+    prompt: which of a bake's prompts stands in the teacher's prefix, counted from 0.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Example:
     tail: np.ndarray
     mask: np.ndarray
     weight: float = 1.0
+    prompt: int = 0
 
 
 def has_template(tokenizer) -> bool:

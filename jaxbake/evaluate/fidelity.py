@@ -13,14 +13,15 @@ import numpy as np
 
 from jaxbake import hosts
 from jaxbake.bake.abstract import put_batch
+from jaxbake.bake.asking import Asker
+from jaxbake.bake.known import Known
 from jaxbake.bake.teacher import hidden_at
-from jaxbake.data.batches import Batch, Batches, shared_prefix
+from jaxbake.data.batches import Batch, Batches
 from jaxbake.data.chat import Example
 from jaxbake.mesh import parts
-from jaxbake.models.decoder import Prefix, unembedding
+from jaxbake.models.decoder import unembedding
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import fused_metrics
-from jaxbake.sampling import shared_prefix as prefix_of
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def fidelity(
 
     All tokens count alike. Raises JaxbakeError for no examples, or one longer than max_length (the model's context).
     """
-    shared = shared_prefix(examples)
-    prefix = prefix_of(base.params, None, shared, config=base.config) if shared.size else None
+    asker = Asker(base, examples, min(batch_size, len(examples)))
+    known = Known(base, asker.hidden())
     batches = Batches(
-        examples, shared, batch_size=min(batch_size, len(examples)),
+        examples, asker.prompts, batch_size=min(batch_size, len(examples)),
         max_length=max_length or base.config.max_positions, seed=0, rows_multiple=parts("batch", base.mesh),
         tokens_multiple=parts("seq", base.mesh),
     )  # fmt: skip
@@ -76,8 +77,8 @@ def fidelity(
         real = batch.source >= 0
         weights = {"all": real, "first": real & np.isin(batch.source, starts)}
         weights = {name: w.astype(np.float32) for name, w in weights.items()}
-        placed = put_batch(batch, base.mesh)
-        for name, sums in _compare(base.params, delta, prefix, placed, weights, config=base.config).items():
+        placed, teacher = put_batch(batch, base.mesh), known(batch.source)["teacher_hidden"]
+        for name, sums in _compare(base.params, delta, teacher, placed, weights, config=base.config).items():
             total[name] += hosts.fetch(sums).astype(np.float64)
     (kl_before, agree_before), (kl_after, agree_after) = total["all"] / sum(sizes)
     first_before, first_after = total["first"][:, 0] / len(examples)
@@ -89,10 +90,9 @@ def fidelity(
 
 @partial(jax.jit, static_argnames="config")
 def _compare(
-    params: Any, delta: Any, prefix: Prefix | None, batch: Batch, weights: dict, *, config: ModelConfig
+    params: Any, delta: Any, teacher: jax.Array, batch: Batch, weights: dict, *, config: ModelConfig
 ) -> dict[str, jax.Array]:
     """By name of the weights, [[KL, agreement] before, [KL, agreement] after], summed over tokens."""
-    teacher = hidden_at(params, None, batch.teacher, config=config, prefix=prefix)
     unembed = unembedding(params)
 
     def measure(student, weights):

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake.bake import folder as layout
-from jaxbake.bake import train as single
 from jaxbake.bake.abstract import BATCH_AXES, HIDDEN_AXES
-from jaxbake.bake.targets import ROOMS, Table, content_key, open_table, where_to_keep
-from jaxbake.data.batches import Batch, Batches, View, alike, shared_prefix
+from jaxbake.bake.asking import Asker, teacher_hidden_of
+from jaxbake.bake.known import take_rows, teacher_key
+from jaxbake.bake.targets import ROOMS, Form, Table, content_key, open_table, where_to_keep
+from jaxbake.data.batches import Batch, Batches, View, alike
 from jaxbake.mesh import AnyMesh, parts, put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
-from jaxbake.sampling import shared_prefix as prefix_of
 
 _ROW_AXES, _VIEW_AXES = BATCH_AXES.replace(teacher=None), BATCH_AXES.teacher
 
@@ -53,34 +53,54 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
     )
 
 
-class _Prompts:
-    """Each member's prompt, read once: what all its teacher's rows begin with, and its keys and values."""
+class Voices:
+    """Each member's teacher, the base behind the member's prompts, and what it says of the held-out examples."""
 
     def __init__(self, base: Base, members: Sequence[Any]):
-        self.shared = [shared_prefix([*member.examples, *member.held_out]) for member in members]
-        self._base, self._known = base, {}
+        self.examples = [[*member.examples, *member.held_out] for member in members]
+        self._askers = [
+            Asker(base, examples, member.config.train.batch_size)
+            for member, examples in zip(members, self.examples, strict=True)
+        ]
+        self._matched = [sum(int(example.mask.sum()) for example in member.examples) for member in members]
+        self._first_held_out = [len(member.examples) for member in members]
+        self._held_out: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, i: int) -> Prefix | None:
-        if i not in self._known:
-            shared = self.shared[i]
-            found = prefix_of(self._base.params, None, shared, config=self._base.config) if shared.size else None
-            self._known[i] = found
-        return self._known[i]
+    @property
+    def prompts(self) -> list[tuple[np.ndarray, ...]]:
+        """What each member's rows begin with."""
+        return [asker.prompts for asker in self._askers]
 
-    def forget(self, i: int) -> None:
-        self._known.pop(i, None)
+    def prefix(self, i: int) -> Prefix | None:
+        """The keys and values of member i's prompt."""
+        return self._askers[i].prefix(0)
+
+    def hidden(self, i: int) -> np.ndarray:
+        """What member i's teacher says of its training examples [matched, D]; the held-out ones are asked about too, in
+        the rows that a bake alone has, and kept."""
+        said = self._askers[i].hidden()
+        self._askers[i].forget()
+        self._held_out[i] = said[self._matched[i] :].copy()
+        return said[: self._matched[i]]
+
+    def held_out(self, i: int) -> np.ndarray:
+        """And of its held-out ones."""
+        if i not in self._held_out:
+            which = np.arange(self._first_held_out[i], len(self.examples[i]))
+            self._held_out[i] = self._askers[i].hidden(which)[self._matched[i] :]
+        return self._held_out[i]
 
 
 def _batches(
-    base: Base, members: Sequence[Any], examples: Sequence[Sequence[Any]], prompts: _Prompts, accumulate: int = 1
+    base: Base, members: Sequence[Any], examples: Sequence[Sequence[Any]], voices: Voices, accumulate: int = 1
 ) -> list[Batches]:
     """Each member's examples as batches of its own, in rows of the same lengths; every device has as many of them."""
     multiples = {"rows_multiple": accumulate * parts("batch", base.mesh), "tokens_multiple": parts("seq", base.mesh)}
     own = []
-    for member, one, shared in zip(members, examples, prompts.shared, strict=True):
+    for member, one, prompts in zip(members, examples, voices.prompts, strict=True):
         train = member.config.train
         sizes = {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
-        own.append(Batches(one, shared, **sizes, **multiples))
+        own.append(Batches(one, prompts, **sizes, **multiples))
     return alike(own)
 
 
@@ -93,8 +113,8 @@ class Rows:
     """
 
     def __init__(self, base: Base, members: Sequence[Any], accumulate: int):
-        self._base, self._prompts = base, _Prompts(base, members)
-        self._members = _batches(base, members, [m.examples for m in members], self._prompts, accumulate)
+        self._base, self.voices = base, Voices(base, members)
+        self._members = _batches(base, members, [m.examples for m in members], self.voices, accumulate)
         self._asked = members[0].config.loss.divergence != "cross_entropy"
         self._kept: dict[int, np.ndarray] = {}
         """By member, its table in memory or in a file."""
@@ -111,9 +131,8 @@ class Rows:
             if table is None:
                 continue
             if not table.complete:
-                single.ask_once(self._base, self._members[i], self._prompts[i], table.rows)
+                table.rows[:] = self.voices.hidden(i)
             table.finish()
-            self._prompts.forget(i)
             taken[room] += table.rows.nbytes
             # On a mesh each device is given what its rows need.
             (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
@@ -130,7 +149,8 @@ class Rows:
         if room is None or train.steps * train.batch_size <= len(examples):  # each example is visited once at most
             return None, None
         folder = member.folder / layout.TEACHER if room == "disk" else None
-        return open_table(shape, dtype, folder, content_key(self._base.digest, examples, self._prompts.shared[i])), room
+        who = teacher_key(self._base, None, Form())
+        return open_table(shape, dtype, folder, content_key(who, self.voices.examples[i], self.voices.prompts[i])), room
 
     def useful_fraction(self, i: int) -> float:
         """Share of a member's row tokens that are no padding."""
@@ -148,7 +168,7 @@ class Rows:
         source = np.maximum(batch.source, 0).reshape(len(places), -1, batch.source.shape[1])  # padding takes any row
         if all(i in self._starts for i in places):
             offset = np.array([self._starts[i] for i in places], np.int32)[:, None, None]
-            return single.take_rows(self._on_device, (source + offset).reshape(batch.source.shape))
+            return take_rows(self._on_device, (source + offset).reshape(batch.source.shape))
         said = [self._said(n, i, source[place]) for place, i in enumerate(places)]
         if all(isinstance(rows, np.ndarray) for rows in said):
             said = [np.concatenate(said)]
@@ -157,29 +177,26 @@ class Rows:
     def _said(self, n: int, i: int, source_BK: np.ndarray) -> np.ndarray | jax.Array:
         """What member i's teacher says of its rows of step n."""
         if i in self._starts:
-            return single.take_rows(self._on_device, source_BK + self._starts[i])
+            return take_rows(self._on_device, source_BK + self._starts[i])
         if i in self._kept:
             return self._kept[i][source_BK]
         view = jax.tree.map(lambda x: padded(x, len(source_BK)), self._members[i].batch(n).teacher)
         view = _put(view, _VIEW_AXES, self._base.mesh)
-        return single.teacher_hidden_of(self._base.params, view, self._prompts[i], self._base.config)
+        return teacher_hidden_of(self._base.params, view, self.voices.prefix(i), self._base.config)
 
 
 class Evaluation:
     """All members' held-out examples, in batches of which each member has some rows; the teachers are asked once."""
 
-    def __init__(self, base: Base, members: Sequence[Any]):
-        prompts = _Prompts(base, members)
-        own = _batches(base, members, [m.held_out for m in members], prompts)
+    def __init__(self, base: Base, members: Sequence[Any], voices: Voices):
+        own = _batches(base, members, [m.held_out for m in members], voices)
         self._mesh = base.mesh
         self._parts: list[list[tuple[Batch, jax.Array]]] = []
         for i, batches in enumerate(own):
+            said = voices.held_out(i)
             found = []
             for batch in batches.all():
-                view = _put(batch.teacher, _VIEW_AXES, base.mesh)
-                hidden = single.teacher_hidden_of(base.params, view, prompts[i], base.config)
-                found.append((batch, hidden))
-            prompts.forget(i)
+                found.append((batch, put(said[np.maximum(batch.source, 0)], HIDDEN_AXES, base.mesh)))
             self._parts.append(found)
         self._joined: dict[tuple[int, ...], list[tuple[Batch, jax.Array]]] = {}
 
