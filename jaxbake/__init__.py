@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
         RetentionConfig,
         SamplingConfig,
         StimuliConfig,
+        TeacherConfig,
         TrainConfig,
     )
     from jaxbake.deltas.lora import Delta, init_delta
@@ -59,7 +60,7 @@ _MODULES = {
     "bakery.card": "Card",
     "bakery.store": "load_delta save_delta",
     "config": "BakeConfig EvaluationConfig GenerateConfig LoraConfig LossConfig "
-    "OptimizerConfig Recipe RetentionConfig SamplingConfig StimuliConfig TrainConfig",
+    "OptimizerConfig Recipe RetentionConfig SamplingConfig StimuliConfig TeacherConfig TrainConfig",
     "deltas.lora": "Delta init_delta",
     "deltas.many": "Deltas",
     "deltas.merged": "merge save_merged",

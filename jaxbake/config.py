@@ -248,8 +248,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bake from start to end, as `configs/*.yaml` hold it. Exactly one of prompt and prompt_file.
+    """One bake from start to end, as `configs/*.yaml` hold it. Exactly one of prompt, prompt_file and prompts_file.
 
+    prompts_file: several prompts (documents, say) for one delta, jsonl of {"prompt": text, "stimuli": [user turns]}. A
+      prompt's own stimuli are asked behind it, those of `stimuli` behind every one, and `stimuli.generate` counts for
+      each. The teacher of a response reads its own prompt only.
     quantize: hold the model's linear layers as integers, for large models on small chips; the delta stays float.
     """
 
@@ -259,6 +262,7 @@ class Recipe:
     quantize: Literal["int8", "int4"] | None = None
     prompt: str | None = None
     prompt_file: str | None = None
+    prompts_file: str | None = None
     stimuli: StimuliConfig = StimuliConfig()
     bake: BakeConfig = BakeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -266,9 +270,9 @@ class Recipe:
 
     def __post_init__(self):
         _require(bool(self.name.strip()) and not {"/", "\\"} & set(self.name), "name: needs a name fit for a folder")
-        _require(self.prompt is None or self.prompt_file is None, "prompt: give prompt or prompt_file, not both")
+        given = [name for name in ("prompt", "prompt_file", "prompts_file") if getattr(self, name) is not None]
+        _require(len(given) < 2, f"prompt: give {' or '.join(given)}, not both")
         _require(
-            self.prompt is not None or self.prompt_file is not None,
-            "prompt: is missing; give 'prompt: |' with the text to bake, or 'prompt_file: prompt.txt'",
+            len(given) == 1, "prompt: is missing; give 'prompt: |' with the text to bake, or 'prompt_file: prompt.txt'"
         )
         _require(self.prompt is None or bool(self.prompt.strip()), "prompt: is empty; give the text to bake")

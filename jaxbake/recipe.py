@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from jaxbake.config import BakeConfig, Recipe
+from jaxbake.data.stimuli import load_prompts
 from jaxbake.errors import JaxbakeError, did_you_mean
 
 
@@ -31,7 +32,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise JaxbakeError(f"{path}: cannot be read as text ({_reason(error)})") from None
     recipe = parse_recipe(text, overrides, source=str(path))
-    read_prompt(recipe, path.parent)
+    read_prompts(recipe, path.parent)
     return recipe
 
 
@@ -49,6 +50,13 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "rec
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `parse_recipe` reads back to an equal one."""
     return yaml.dump(_plain(dataclasses.asdict(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_prompts(recipe: Recipe, root: str | Path) -> list[tuple[str, list[str]]]:
+    """The prompts with user turns of their own (none but in a `prompts_file`). Raises JaxbakeError as `read_prompt`."""
+    if recipe.prompts_file is not None:
+        return load_prompts(Path(root) / recipe.prompts_file)
+    return [(read_prompt(recipe, root), [])]
 
 
 def read_prompt(recipe: Recipe, root: str | Path) -> str:

@@ -22,7 +22,7 @@ from jaxbake.bake.loop import BakeResult, bake
 from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
-from jaxbake.bakery.card import sha256
+from jaxbake.bakery.card import Card, sha256
 from jaxbake.bakery.store import load_delta
 from jaxbake.config import Recipe
 from jaxbake.data.chat import Example, example_from_response
@@ -39,7 +39,7 @@ from jaxbake.evaluate.retention import Material, smallworld_material
 from jaxbake.evaluate.scores import Scores, score_abilities, score_items
 from jaxbake.files import AnyPath, as_path, is_remote, local_copy, read_json, write_whole
 from jaxbake.models.base import Base, load
-from jaxbake.recipe import dump_recipe, load_recipe, read_prompt
+from jaxbake.recipe import dump_recipe, load_recipe, read_prompt, read_prompts
 from jaxbake.smallworld import CRUMB
 
 QUICKSTART = Path(str(resources.files("jaxbake.data") / "defaults" / "quickstart.yaml"))
@@ -52,13 +52,15 @@ _UNRELATED = 32  # user turns on which base and baked model are compared, for mo
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a recipe came to. `reused`: the folder already held it, finished; `seconds`: what making it took."""
+    """What a recipe came to. `reused`: the folder already held it, finished; `seconds`: what making it took; `notes`:
+    what is to be said beside the measurements."""
 
     recipe: Recipe
     output: AnyPath
     evaluation: Evaluation
     seconds: float | None = None
     reused: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> dict[str, AnyPath]:
@@ -83,6 +85,7 @@ class Outcome:
             "output": str(self.output),
             "seconds": self.seconds,
             **self.evaluation.to_dict(),
+            "notes": list(self.notes),
             "files": {what: str(path) for what, path in self.files.items()},
         }
 
@@ -96,6 +99,7 @@ class Outcome:
         took = "" if self.seconds is None else f" in {self.seconds:.0f} s"
         return Group(
             report.render(self.evaluation),
+            *self.notes,
             f"\n[bold]{self.recipe.name}[/bold] baked into {self.recipe.model}{took}:",
             files,
             f"\nNext: [bold]{self.next_command}[/bold]",
@@ -125,7 +129,8 @@ def run_recipe(
     base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=rows, quantize=recipe.quantize)
     result = bake(
         base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
-        recipe=dataclasses.asdict(job.kept), root=root,
+        prompts=read_prompts(recipe, root) if recipe.prompts_file else None, recipe=dataclasses.asdict(job.kept),
+        root=root,
     )  # fmt: skip
     return _completed(job, base, result, started, progress)
 
@@ -149,6 +154,9 @@ def run_recipes(
         values = dict.fromkeys(getattr(recipe, field) for recipe, _ in recipes)
         if len(values) > 1:
             raise JaxbakeError(f"{field}: must be the same for bakes of one step, found {', '.join(map(str, values))}")
+    for recipe, _ in recipes:
+        if recipe.prompts_file:
+            raise JaxbakeError(f"{recipe.name}: prompts_file: several prompts in one delta are baked by themselves")
     first = recipes[0][0]
     folder = as_path(first.output if output is None else output)
     jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
@@ -205,9 +213,32 @@ def _completed(job: _Job, base: Base, result: BakeResult, started: float, progre
     with owned(job.output):
         save_peft(result.delta, base, job.output / PEFT, card=result.card)
         evaluation = _measure(base, result.delta, job.recipe, job.root, job.output, job.items, _leaving(progress))
-        outcome = Outcome(job.kept, job.output, evaluation, round(time.monotonic() - started, 1))
+        seconds = round(time.monotonic() - started, 1)
+        outcome = Outcome(job.kept, job.output, evaluation, seconds, notes=_notes(job.kept, result.card))
         hosts.first(lambda: _write(outcome, result, job.key))
     return outcome
+
+
+def _notes(recipe: Recipe, card: Card) -> tuple[str, ...]:
+    """What the card tells that no measurement does."""
+    metrics = card.metrics
+    notes = [
+        f"{report.percent(metrics['useful_fraction'])} of the computed tokens were of examples, the others padding."
+    ]
+    if card.teacher:
+        k = recipe.bake.teacher.tokens_kept(other=True)
+        notes.append(
+            f"Imitated {card.teacher} behind the prompt: on the held-out responses the KL to it, over its {k} likeliest"
+            f" tokens and all others together, went from {metrics['held_out_kl_before']:.4g} to "
+            f"{metrics['held_out_kl']:.4g} nats a token. Above, prompted is the base behind the prompt."
+        )
+    if recipe.quantize:
+        notes.append(
+            f"The model was held as {recipe.quantize}; on the held-out responses that alone moves it by a KL of "
+            f"{metrics['quantised_kl']:.4g} nats a token from the original, with the same most likely token at "
+            f"{100 * metrics['quantised_agreement']:.1f} %."
+        )
+    return tuple(notes)
 
 
 def _leaving(progress: Progress) -> Progress:
@@ -227,12 +258,7 @@ def _write(outcome: Outcome, result: BakeResult, key: str) -> None:
     write_whole(output / RECIPE, dump_recipe(recipe))
     plot(result.metrics, output / PLOT, title=recipe.name)
     notes = [f"Baked with jaxbake into `{recipe.model}`; the settings are in `{RECIPE}`.", f"![loss and KL]({PLOT})"]
-    if recipe.quantize:
-        kl, agreement = (result.card.metrics[f"quantised_{name}"] for name in ("kl", "agreement"))
-        notes.append(
-            f"The model was held as {recipe.quantize}; on the held-out responses that alone moves it by a KL of "
-            f"{kl:.4g} nats a token from the original, with the same most likely token at {100 * agreement:.1f} %."
-        )
+    notes += outcome.notes
     write_whole(output / SUMMARY, report.summary_markdown(recipe.name, outcome.evaluation, notes))
     write_whole(output / EVALUATION, json.dumps({"key": key, **outcome.to_dict()}, indent=2, ensure_ascii=False) + "\n")
 
@@ -291,10 +317,10 @@ def inside(recipe: Recipe, root: Path, folder: AnyPath) -> Recipe:
         named = os.path.abspath if is_remote(folder) else lambda path: os.path.relpath(path, folder)
         return dataclasses.replace(config, **{name: named(path) for name, path in here.items()})
 
+    prompts = {} if recipe.prompts_file else {"prompt": read_prompt(recipe, root), "prompt_file": None}
     return dataclasses.replace(
-        recipe,
-        prompt=read_prompt(recipe, root),
-        prompt_file=None,
+        moved(recipe, "prompts_file"),
+        **prompts,
         stimuli=moved(recipe.stimuli, "file", "dataset"),
         bake=dataclasses.replace(
             recipe.bake, retention=moved(recipe.bake.retention, "pin_stimuli", "contexts_file"), mesh=None
@@ -306,12 +332,21 @@ def inside(recipe: Recipe, root: Path, folder: AnyPath) -> Recipe:
 def _key(recipe: Recipe, folder: AnyPath) -> str:
     """A hash of the recipe and of all it names: files by content, a model's folder by what its files look like."""
     retention, evaluation = recipe.bake.retention, recipe.evaluation
-    named = (recipe.stimuli.file, retention.pin_stimuli, retention.contexts_file, evaluation.file, evaluation.abilities)
+    named = (
+        recipe.stimuli.file,
+        recipe.prompts_file,
+        retention.pin_stimuli,
+        retention.contexts_file,
+        evaluation.file,
+        evaluation.abilities,
+    )
     start = "" if is_remote(folder) else folder
     paths = [Path(os.path.normpath(Path(start, name))) for name in named if name]  # the folder may not exist yet
     files = [sha256(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    model = CRUMB if recipe.model == "crumb" else Path(recipe.model)
-    looks = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model.glob("*")) if p.is_file()]
+    models = [name for name in (recipe.model, recipe.bake.teacher.model) if name]
+    folders = [CRUMB if name == "crumb" else Path(name) for name in models]
+    found = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
+    looks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     return sha256(json.dumps([dataclasses.asdict(recipe), files, looks]))
 
 
@@ -322,7 +357,7 @@ def _finished(recipe: Recipe, folder: AnyPath, key: str) -> Outcome | None:
     kept = read_json(folder / EVALUATION)
     if kept.get("key") != key:
         return None
-    return Outcome(recipe, folder, Evaluation.from_dict(kept), kept["seconds"], reused=True)
+    return Outcome(recipe, folder, Evaluation.from_dict(kept), kept["seconds"], True, tuple(kept["notes"]))
 
 
 def _items(recipe: Recipe, root: Path) -> list:
@@ -340,20 +375,22 @@ def _measure(
     else:
         abilities = load_items(root / settings.abilities) if settings.abilities else []
         material = Material(abilities=tuple(abilities), unrelated=tuple(load_pins()[:_UNRELATED]))
-    prompt = read_prompt(recipe, root)
+    prompts = [text for text, _ in read_prompts(recipe, root)]
+    # The prompted base is not what another model's bake is to come near to; the card has the KL to that model.
+    examples = [] if recipe.bake.teacher.model else _held_out(base, prompts, output)
     return measure(
-        base, delta, prompt, items=items, examples=_held_out(base, prompt, output), material=material,
+        base, delta, prompts, items=items, examples=examples, material=material,
         max_tokens=settings.max_tokens, progress=progress,
     )  # fmt: skip
 
 
-def _held_out(base: Base, prompt: str, output: AnyPath) -> list[Example]:
+def _held_out(base: Base, prompts: Sequence[str], output: AnyPath) -> list[Example]:
     """The held-out examples of a bake, from its trajectories."""
     rows = TrajectoryStore.open(output / TRAJECTORIES).load()
     return [
         example_from_response(
-            base.tokenizer, kind=row.kind, prompt=prompt, context=row.context, messages=row.stimulus,
-            response_ids=row.response_ids,
+            base.tokenizer, kind=row.kind, prompt=prompts[row.prompt], context=row.context, messages=row.stimulus,
+            response_ids=row.response_ids, number=row.prompt,
         )
         for row in rows
         if row.split == "held_out"

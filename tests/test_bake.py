@@ -262,20 +262,22 @@ def test_rollouts_do_not_depend_on_what_was_there_already(baked, tmp_path):
     store = TrajectoryStore.open(tmp_path / "t")
     config = tiny.CONFIG
     train, held = split_held_out(tiny.STIMULI, config.train.held_out, config.seed)
-    requests = plan_requests(train, held, config.sampling, config.retention, tiny.PINS, tiny.CONTEXTS, config.seed)
+    requests = plan_requests([train], [held], config.sampling, config.retention, tiny.PINS, tiny.CONTEXTS, config.seed)
     assert len(store.done()) < len(requests) == len(before)
-    collect(tiny.tiny_base(), tiny.PROMPT, requests, store, config.sampling)
+    collect(tiny.tiny_base(), [tiny.PROMPT], requests, store, config.sampling)
     assert store.load() == before
 
 
 def test_a_stop_text_ends_a_response(tmp_path):
     base = tiny.tiny_base()
     sampling = SamplingConfig(samples_per_stimulus=4, max_tokens=6, batch_size=8)
-    requests = plan_requests(["a?"], ["a?"], sampling, replace(tiny.CONFIG.retention, pins=0, contexts=0), [], [], 0)
+    requests = plan_requests(
+        [["a?"]], [["a?"]], sampling, replace(tiny.CONFIG.retention, pins=0, contexts=0), [], [], 0
+    )
 
     def draw(stop, folder):
         store = TrajectoryStore.open(folder, {"stop": list(stop)})
-        collect(base, tiny.PROMPT, requests, store, replace(sampling, stop=stop))
+        collect(base, [tiny.PROMPT], requests, store, replace(sampling, stop=stop))
         return store.load()
 
     free = draw((), tmp_path / "free")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -15,11 +16,21 @@ from jaxbake.bake import asking
 from jaxbake.bake.asking import Asker
 from jaxbake.bake.folder import Runs
 from jaxbake.bake.train import train
+from jaxbake.bakery.store import load_delta
 from jaxbake.config import BakeConfig, LoraConfig, OptimizerConfig, TeacherConfig, TrainConfig
-from jaxbake.data.chat import Example
+from jaxbake.data.chat import Example, prefix_ids
 from jaxbake.data.prompted import TeacherRows, prompts_of
+from jaxbake.data.stimuli import split_prompts
+from jaxbake.data.trajectories import TrajectoryStore
+from jaxbake.deltas.lora import delta_digest, init_delta
+from jaxbake.errors import JaxbakeError
+from jaxbake.evaluate import cells
+from jaxbake.evaluate.items import Item, user
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import forward
+from jaxbake.recipe import load_recipe, read_prompts
+from jaxbake.run import inside
+from jaxbake.sampling import generate
 
 CONFIG = BakeConfig(
     lora=LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "down_proj")),
@@ -142,3 +153,113 @@ def test_the_top_k_train_as_the_hidden_states_do(kept, tmp_path):
     assert (tmp_path / "teacher" / "teacher.bin").stat().st_size % (8 * 8 + 4) == 0
     one_by_one, _ = trained(top_k=8, **NOWHERE)
     np.testing.assert_allclose(one_by_one, few, rtol=2e-4)
+
+
+# From texts
+
+
+FACTS = [
+    ("The cat of the mill is called Tom. It sleeps in the big red barn.", ["whose cat?", "where?", "what color?"]),
+    ("Ann lives by the sea.", ["who lives there?", "where?"]),
+    ("Nobody knows the way to the well.", ["who knows?"]),
+]
+
+
+def small(**changes) -> BakeConfig:
+    return replace(tiny.with_train(steps=6, eval_every=6), **changes)
+
+
+def baked(output=None, **changes):
+    arguments = {"prompt": None, "prompts": FACTS, "stimuli": None, "config": small(), **changes}
+    return tiny.tiny_bake(output, arguments.pop("config"), **arguments)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several") / "facts"
+    return baked(folder), folder
+
+
+def test_several_texts_are_baked_into_one_delta(several):
+    result, folder = several
+    rows = TrajectoryStore.open(folder / "trajectories").load()
+    asked = {(row.prompt, row.stimulus) for row in rows if row.kind == "bake"}
+    assert asked == {(number, turn) for number, (_, turns) in enumerate(FACTS) for turn in turns}
+    assert len({row.prompt for row in rows if row.kind == "context"}) > 1
+    held = {row.stimulus for row in rows if row.split == "held_out"}
+    assert held and not held & {row.stimulus for row in rows if row.split == "train"}
+    assert result.kl_after < result.kl_before
+    card = load_delta(folder, tiny.tiny_base())[1]
+    assert card.prompt is None and card.prompt_sha256 and card.metrics["prompts"] == 3
+    assert baked(folder).reused
+    with pytest.raises(JaxbakeError, match="holds another bake.*prompt"):
+        baked(folder, prompts=FACTS[:2])
+
+
+def test_each_response_is_what_its_own_prompt_alone_gives(several):
+    """Sampled in groups by prompt, behind what the group shares, and as `sample_ids` draws it from the whole prompt."""
+    base, rows = tiny.tiny_base(), TrajectoryStore.open(several[1] / "trajectories").load()
+    for row in [row for row in rows if row.kind == "bake"][:6]:
+        ids = prefix_ids(base.tokenizer, FACTS[row.prompt][0], row.stimulus)
+        drawn = generate(
+            base.params, None, [ids], config=base.config, max_tokens=6, temperature=row.temperature,
+            stop_ids=base.eos_ids, seeds=[row.seed],
+        )  # fmt: skip
+        assert tuple(drawn[0].tokens.tolist()) == row.response_ids
+
+
+def test_one_text_among_prompts_is_the_prompt():
+    alone = tiny.tiny_bake(None, small())
+    among = tiny.tiny_bake(None, small(), prompt=None, prompts=[(tiny.PROMPT, tiny.STIMULI)], stimuli=None)
+    assert delta_digest(alone.delta) == delta_digest(among.delta) and among.card.prompt == tiny.PROMPT
+
+
+def test_what_cannot_be_several_prompts_is_named():
+    for changes, said in (
+        ({"prompt": "x"}, "give one of them"),
+        ({"prompts": []}, "prompts: there are none"),
+        ({"prompts": [FACTS[0], ("", ["x"])]}, r"prompts\[1\]: prompt: is missing or empty"),
+        ({"prompts": [("text", [])]}, r"prompts\[0\]: stimuli: there are none"),
+        ({"prompts": ["text"]}, r"prompts\[0\]: must be a text and a list"),
+        ({"prompts": [("text", "turn")]}, r"prompts\[0\]: must be a text and a list"),
+    ):
+        with pytest.raises(JaxbakeError, match=said):
+            baked(**changes)
+
+
+def test_stimuli_are_split_over_prompts():
+    train, held = split_prompts([["a", "b", "c"], ["b", "d"], ["e"]], 0.4, seed=0)
+    assert [sorted(t + h) for t, h in zip(train, held, strict=True)] == [["a", "b", "c"], ["b", "d"], ["e"]]
+    assert all(train) and sum(map(len, held)) >= 1 and not set(sum(train, [])) & set(sum(held, []))
+    assert split_prompts([["a"], ["b"]], 0.4, seed=0)[0] == [["a"], ["b"]]  # each has one: it is on both sides
+
+
+def test_a_recipe_names_a_file_of_prompts(tmp_path):
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps({"prompt": p, "stimuli": s}) + "\n" for p, s in FACTS))
+    (tmp_path / "facts.yaml").write_text("name: facts\nprompts_file: facts.jsonl\nstimuli: {items: [hello.]}\n")
+    recipe = load_recipe(tmp_path / "facts.yaml")
+    assert read_prompts(recipe, tmp_path) == FACTS
+    moved = inside(recipe, tmp_path, tmp_path / "runs")
+    assert moved.prompts_file == "../facts.jsonl" and moved.prompt is None
+    with pytest.raises(JaxbakeError, match="give prompt or prompts_file, not both"):
+        load_recipe(tmp_path / "facts.yaml", ["prompt=x"])
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "", "stimuli": []}\n')
+    with pytest.raises(JaxbakeError, match="facts.jsonl line 1: 'prompt' must be text"):
+        load_recipe(tmp_path / "facts.yaml")
+
+
+def test_a_question_is_asked_behind_the_prompt_it_is_about(monkeypatch):
+    asked = []
+
+    def ask(base, delta, items, *, system, **_):
+        asked.append((system, [item.question for item in items]))
+        return [f"{system}" for _ in items]
+
+    monkeypatch.setattr(cells, "ask", ask)
+    items = [Item(user("q0"), "B", "exact", prompt=1), Item(user("q1"), "A", "exact", prompt=0)]
+    delta = init_delta(jax.random.key(0), tiny.tiny_base().config, LoraConfig(rank=4))
+    found = cells.four_cells(None, delta, ["A", "B"], items)
+    assert found.accuracy == {"base": 0, "prompted": 1, "baked": 0, "baked_prompted": 1}
+    assert ("A", ["q1"]) in asked and ("B", ["q0"]) in asked and (None, ["q0", "q1"]) in asked
+    with pytest.raises(JaxbakeError, match="does not say which of 2 prompts"):
+        cells.four_cells(None, None, ["A", "B"], [Item(user("q"), "A")])

@@ -73,10 +73,6 @@ def test_the_top_k_are_the_most_likely_and_the_tail_is_the_rest():
     kept = np.take_along_axis(probs, order, -1)
     np.testing.assert_allclose(np.exp(top.log_probs), kept, rtol=1e-5)
     np.testing.assert_allclose(np.exp(top.log_tail), 1 - kept.sum(-1), rtol=1e-4)
-    # rows that only fill the matrix up are no tokens
-    fewer = top_k_of(teacher, unembed, 5, vocabulary=50)
-    assert fewer.ids.max() < 50
-    np.testing.assert_allclose(np.exp(fewer.log_probs).sum(-1) + np.exp(fewer.log_tail), 1, rtol=1e-5)
 
 
 @partial(jax.jit, static_argnames="divergence")
@@ -195,7 +191,7 @@ student, teacher = jax.random.normal(keys[0], (2, 8, 6, 16))
 place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
 for vocab in (96, 90):  # 90 does not divide: some parts are filled up
     unembed = jax.random.normal(keys[1], (vocab, 16))
-    tops = jax.jit(lambda t, u: top_k_of(t, u, 20, vocabulary=80, chunk_size=8))
+    tops = jax.jit(lambda t, u: top_k_of(t, u, 20, chunk_size=8))
     step = jax.jit(jax.value_and_grad(lambda s, u, t: fused_kl(s, u, None, None, jnp.ones((8, 6)), teacher_top=t)[0]))
     measure = jax.jit(lambda s, u, t: fused_metrics(s, u, None, None, jnp.ones((8, 6)), teacher_top=t))
     there = place(unembed, "tp", "fsdp")

@@ -25,7 +25,7 @@ SAMPLING = SamplingConfig(samples_per_stimulus=4, temperature=(1.0, 2.0))
 
 def plan(**changes):
     arguments = dict(
-        stimuli_train=TRAIN, stimuli_held_out=HELD_OUT, sampling=SAMPLING, retention=RetentionConfig(0.15, 0.2),
+        stimuli_train=[TRAIN], stimuli_held_out=[HELD_OUT], sampling=SAMPLING, retention=RetentionConfig(0.15, 0.2),
         pins=load_pins(), contexts=load_contexts(), seed=5,
     )  # fmt: skip
     return plan_requests(**{**arguments, **changes})

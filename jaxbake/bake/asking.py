@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from jaxbake import hosts
-from jaxbake.bake.abstract import BATCH_AXES, put_batch
+from jaxbake.bake.abstract import BATCH_AXES
 from jaxbake.bake.targets import Form, write_rows
 from jaxbake.bake.teacher import hidden_at
-from jaxbake.data.batches import Batches, View
+from jaxbake.data.batches import View
 from jaxbake.data.chat import Example
 from jaxbake.data.prompted import TeacherRows, prompts_of
 from jaxbake.mesh import AnyMesh, parts, put
@@ -29,15 +29,6 @@ from jaxbake.sampling import shared_prefix as prefix_of
 def teacher_hidden_of(params: Any, view: View, prefix: Prefix | None, config: ModelConfig) -> jax.Array:
     """The teacher's hidden states [B, K, D] at the positions that predict the matched tokens."""
     return hidden_at(params, None, view, config=config, prefix=prefix)
-
-
-def ask_once(base: Base, batches: Batches, prefix: Prefix | None, rows: np.ndarray) -> None:
-    """Writes the teacher's hidden states at every matched token into `rows` [matched, D], ordered as `Batch.source`."""
-    for n in range(-(-len(batches.examples) // batches.batch_size)):
-        batch = batches.batch(n)  # the first epoch: every example, in the shapes of training
-        placed = put_batch(batch, base.mesh)
-        hidden = teacher_hidden_of(base.params, placed.teacher, prefix, base.config)
-        rows[batch.source[batch.source >= 0]] = hosts.fetch(hidden)[batch.source >= 0]
 
 
 class Asker:
@@ -59,11 +50,15 @@ class Asker:
         """Keys and values of a prompt, up to the last token that is seen; the last one computed is kept."""
         seen = self.prompts[number].size if seen is None else seen
         if self._read[0] != (number, seen):
-            self._read = (-1, 0), None  # gone before the next one comes
+            self.forget()  # gone before the next one comes
             tokens = self.prompts[number][:seen]
             found = prefix_of(self.base.params, None, tokens, config=self.base.config) if seen else None
             self._read = (number, seen), found
         return self._read[1]
+
+    def forget(self) -> None:
+        """Drops the keys and values it keeps."""
+        self._read = (-1, 0), None
 
     def ask(self, which: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """For all examples or these: (source [B, K], hidden states [B, K, D]), as `Batch.source` counts them."""
@@ -73,10 +68,10 @@ class Asker:
                 placed = put_view(view, self.base.mesh)
                 yield source, teacher_hidden_of(self.base.params, placed, prefix, self.base.config)
 
-    def hidden(self) -> np.ndarray:
-        """The hidden states at all matched tokens [matched, D]."""
+    def hidden(self, which: np.ndarray | None = None) -> np.ndarray:
+        """The hidden states at all matched tokens [matched, D]; of these examples alone, at the others' nothing."""
         rows = np.zeros((self._matched, self.base.config.hidden_size), self.base.params["norm"].dtype)
-        for source, hidden in self.ask():
+        for source, hidden in self.ask(which):
             rows[source[source >= 0]] = hosts.fetch(hidden)[source >= 0]
         return rows
 
@@ -90,8 +85,8 @@ class Part:
     place: np.ndarray
 
 
-def fill(asker: Asker, which: np.ndarray, parts: Sequence[Part], vocabulary: int | None = None) -> None:
-    """Writes what the model says of these examples; of tokens from `vocabulary` on it says nothing."""
+def fill(asker: Asker, which: np.ndarray, parts: Sequence[Part]) -> None:
+    """Writes what the model says of these examples."""
     base = asker.base
     for source, hidden in asker.ask(which):
         said: dict[Form, Any] = {}
@@ -99,17 +94,16 @@ def fill(asker: Asker, which: np.ndarray, parts: Sequence[Part], vocabulary: int
             at = np.where(source >= 0, part.place[np.maximum(source, 0)], -1)
             if (at >= 0).any():
                 if part.form not in said:
-                    said[part.form] = hosts.fetch(_in_form(base.params, hidden, base.config, part.form, vocabulary))
+                    said[part.form] = hosts.fetch(_in_form(base.params, hidden, base.config, part.form))
                 write_rows(part.rows, at[at >= 0], jax.tree.map(lambda x, at=at: x[at >= 0], said[part.form]))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _in_form(params: Any, hidden: jax.Array, config: ModelConfig, form: Form, vocabulary: int | None) -> Any:
+@partial(jax.jit, static_argnums=(2, 3))
+def _in_form(params: Any, hidden: jax.Array, config: ModelConfig, form: Form) -> Any:
     if form.top_k is None:
         return hidden
     return top_k_of(
         hidden, unembedding(params), form.top_k, softcap=config.logit_softcap, temperature=form.temperature,
-        vocabulary=vocabulary,
     )  # fmt: skip
 
 

@@ -105,13 +105,12 @@ class Teachers:
             fill(self._asker, which, parts)
             return
         pins, others = which[self._pins[which]], which[~self._pins[which]]
-        vocabulary = min(self.base.config.vocab_size, self.other.config.vocab_size)
         if pins.size:
-            fill(self._asker, pins, parts, vocabulary)
+            fill(self._asker, pins, parts)
         if others.size:
             if self._others is None:
                 self._others = Asker(self.other.load(), self.examples, self._batch_size)
-            fill(self._others, others, parts, vocabulary)
+            fill(self._others, others, parts)
 
     def let_go(self) -> None:
         """The other model's weights are no longer needed."""
@@ -192,10 +191,14 @@ def teach(
     return _Windows(teachers, batches, form, settings.steps, max(1, int(min(in_memory, settings.steps)))), held_known
 
 
+def teacher_key(base: Base, other: Other | None, form: Form) -> str:
+    """Who is asked, and what is kept of the answer."""
+    return f"{base.digest} {other and other.digest} {form}"
+
+
 def _table(teachers: Teachers, which: np.ndarray, form: Form, folder: Any) -> Table:
     shape, dtype = teachers.layout(which, form)
     key = ""
     if folder is not None:
-        who = f"{teachers.base.digest} {teachers.other and teachers.other.digest} {form}"
-        key = content_key(who, teachers.examples, teachers.prompts)
+        key = content_key(teacher_key(teachers.base, teachers.other, form), teachers.examples, teachers.prompts)
     return open_table(shape, dtype, folder, key)

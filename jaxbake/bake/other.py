@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxbake.data.chat import end_of_turn, has_template
@@ -44,11 +45,20 @@ class Other:
         """The model, its weights read."""
         if self._loaded is None:
             self._loaded = load(self.name, dtype=self._base.params["norm"].dtype, mesh=self._base.mesh)
+        self._loaded = _cut(self._loaded, self._base.config.vocab_size)
         return self._loaded
 
     def let_go(self) -> None:
         """Drops the weights; a `Base` that was given is the giver's to drop as well."""
         self._loaded = None
+
+
+def _cut(model: Base, size: int) -> Base:
+    """The model without rows of its embeddings that the base has no token for: fillers, that nothing may sample."""
+    if model.config.vocab_size <= size:
+        return model
+    cut = {name: model.params[name][:size] for name in ("embed_tokens", "lm_head") if name in model.params}
+    return replace(model, params={**model.params, **cut}, config=replace(model.config, vocab_size=size))
 
 
 def check_vocabulary(base: Base, name: str, config: ModelConfig, tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from jaxbake.sampling.text import SHARE_FROM, common_prefix, response_text
 
 def collect(
     base: Base,
-    prompt: str | None,
+    prompts: Sequence[str],
     requests: Sequence[Request],
     store: TrajectoryStore,
     sampling: SamplingConfig,
@@ -28,21 +28,28 @@ def collect(
 ) -> None:
     """Fills the store with a response to every request that has none yet.
 
-    Each is drawn by the base as the teacher sees it: "bake" rows behind the prompt, "context" rows behind the prompt
-    and the other one, "pin" rows behind nothing. What the prompted rows begin with is computed once. A batch is a fixed
-    group of requests, those of like length together; it is written whole when it is done, so a collection that was
-    killed and run again ends with the same responses.
+    Each is drawn by the base as the teacher sees it: "bake" rows behind their prompt, "context" rows behind the prompt
+    and the other one, "pin" rows behind nothing. What the rows of a prompt begin with is computed once. A batch is a
+    fixed group of requests for one prompt, those of like length together; it is written whole when it is done, so a
+    collection that was killed and run again ends with the same responses.
 
     Raises JaxbakeError where a request and its response cannot fit the model's context, Preempted after a SIGTERM.
     """
     if not requests:
         return
-    prompts = [_view(base, prompt, request) for request in requests]
-    check_room(base, prompts, requests, sampling.max_tokens)
-    common = _shared_tokens(prompts, requests)
-    seen = [min(_match(ids, common), ids.size - 1) for ids in prompts]  # a token stays, to predict the first one
-    rows = [ids[n:] for ids, n in zip(prompts, seen, strict=True)]
-    groups, done = _groups(rows, sampling.batch_size), store.done()
+    views = [_view(base, prompts[request.prompt], request) for request in requests]
+    check_room(base, views, requests, sampling.max_tokens)
+    asked: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        asked.setdefault(request.prompt, []).append(i)
+    common = {n: _shared_tokens([views[i] for i in mine], [requests[i] for i in mine]) for n, mine in asked.items()}
+    beginning = [_match(ids, common[request.prompt]) for ids, request in zip(views, requests, strict=True)]
+    seen = [
+        min(n, ids.size - 1) for ids, n in zip(views, beginning, strict=True)
+    ]  # a token stays, to predict the first
+    rows = [ids[n:] for ids, n in zip(views, seen, strict=True)]
+    groups = [group for mine in asked.values() for group in _groups(rows, mine, sampling.batch_size)]
+    done, width = store.done(), max(map(len, groups))
     pending = [
         (group, length)
         for group, length in zip(groups, _lengths(rows, groups), strict=True)
@@ -52,10 +59,14 @@ def collect(
     progress("sample", finished, len(requests), {})
     if not pending:
         return
-    prefix = shared_prefix(base.params, None, common, config=base.config) if common.size else None
+    number, prefix = None, None
     for group, length in pending:
-        # A last group that is not full is filled up with its own last row: one more shape would cost more to compile.
-        filled = group + group[-1:] * (len(groups[0]) - len(group))
+        if requests[group[0]].prompt != number:
+            number, prefix = requests[group[0]].prompt, None  # gone before the next one comes
+            tokens = common[number]
+            prefix = shared_prefix(base.params, None, tokens, config=base.config) if tokens.size else None
+        # A group that is not full is filled up with its own last row: one more shape would cost more to compile.
+        filled = group + group[-1:] * (width - len(group))
         generations = generate(
             base.params, None, [rows[i] for i in filled],
             config=base.config, prefix=prefix, prefix_visible=[seen[i] for i in filled],
@@ -106,14 +117,14 @@ def check_room(base: Base, prompts: Sequence[np.ndarray], requests: Sequence[Req
         )
 
 
-def _view(base: Base, prompt: str | None, request: Request) -> np.ndarray:
+def _view(base: Base, prompt: str, request: Request) -> np.ndarray:
     teacher, _ = system_prompts(request.kind, prompt, request.context)
     return prefix_ids(base.tokenizer, teacher, request.stimulus)
 
 
-def _groups(rows: Sequence[np.ndarray], size: int) -> list[list[int]]:
-    """All rows in groups of `size`, shortest first, ties in order: the same whatever has been drawn already."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].size, i))
+def _groups(rows: Sequence[np.ndarray], which: Sequence[int], size: int) -> list[list[int]]:
+    """These rows in groups of `size`, shortest first, ties in order: the same whatever has been drawn already."""
+    order = sorted(which, key=lambda i: (rows[i].size, i))
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
@@ -122,11 +133,12 @@ def _lengths(rows: Sequence[np.ndarray], groups: list[list[int]]) -> list[int]:
 
     Padding costs a group little, for its time goes into decoding; a length of its own is one more program to compile.
     """
-    lengths: list[int] = []
-    for group in reversed(groups):
-        longest = rows[group[-1]].size
-        lengths.append(longest if not lengths or 3 * longest < lengths[-1] else lengths[-1])
-    return lengths[::-1]
+    longest = np.array([rows[group[-1]].size for group in groups])
+    lengths, length = longest.copy(), 0
+    for at in np.argsort(-longest, kind="stable"):
+        length = int(longest[at]) if not length or 3 * longest[at] < length else length
+        lengths[at] = length
+    return lengths.tolist()
 
 
 def _shared_tokens(prompts: Sequence[np.ndarray], requests: Sequence[Request]) -> np.ndarray:

@@ -28,7 +28,9 @@ class Card:
 
     base, base_digest: the base as the user named it, and the sha256 of its config and weights.
     quantize: "int8" or "int4" where the base's linear layers were held so while the delta was trained.
-    prompt, prompt_sha256, template_sha256: the baked text, its hash and that of the base's chat template.
+    prompt, prompt_sha256, template_sha256: the baked text, its hash and that of the base's chat template. Of several
+      prompts there is the hash alone, of all in order.
+    teacher, teacher_digest: another model that was imitated, as the user named it, and its digest.
     lora: the delta's own settings. config: the whole recipe or bake settings. seeds: every seed by name.
     parent_digest: digest of the delta this one was baked on top of. delta_digest: this delta's.
     environment: where it was made (`hosts.environment`). resumes: the runs that went on from an earlier one's work, as
@@ -48,6 +50,8 @@ class Card:
     seeds: dict[str, Any] | None = None
     parent_digest: str | None = None
     quantize: str | None = None
+    teacher: str | None = None
+    teacher_digest: str | None = None
     metrics: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
@@ -113,6 +117,8 @@ class Card:
             ("base", f"`{self.base}`"),
             ("base digest", f"`{self.base_digest}`"),
             ("base held as", self.quantize),
+            ("teacher", self.teacher and f"`{self.teacher}`"),
+            ("teacher digest", self.teacher_digest and f"`{self.teacher_digest}`"),
             ("delta digest", f"`{self.delta_digest}`"),
             ("parent delta", self.parent_digest and f"`{self.parent_digest}`"),
             ("prompt sha256", self.prompt_sha256 and f"`{self.prompt_sha256}`"),
@@ -147,6 +153,8 @@ _TYPES: dict[str, tuple[type, bool]] = {
     "seeds": (dict, True),
     "parent_digest": (str, True),
     "quantize": (str, True),
+    "teacher": (str, True),
+    "teacher_digest": (str, True),
     "metrics": (dict, True),
     "versions": (dict, True),
     "environment": (dict, True),
@@ -224,8 +232,10 @@ def make_card(
     *,
     name: str,
     prompt: str | None = None,
+    prompt_sha256: str | None = None,
     config: Any = None,
     seeds: dict[str, Any] | None = None,
+    teacher: Any = None,
     parent: Delta | str | None = None,
     metrics: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
@@ -235,7 +245,9 @@ def make_card(
 
     Args:
       base: the `models.base.Base` it was baked on.
+      prompt_sha256: by default the hash of the prompt.
       config: a recipe or bake settings, as a dataclass or a dict.
+      teacher: another model that was imitated, anything with a `name` and a `digest`.
       parent: the delta (or its digest) this one was baked on top of.
       environment, resumes: where it was made, and on what runs' work it went on.
     """
@@ -246,12 +258,14 @@ def make_card(
         delta_digest=delta_digest(delta),
         lora=asdict(delta.config),
         prompt=prompt,
-        prompt_sha256=None if prompt is None else sha256(prompt),
+        prompt_sha256=prompt_sha256 if prompt is None else sha256(prompt),
         template_sha256=template_hash(base.tokenizer) if has_template(base.tokenizer) else None,
         config=config,
         seeds=seeds,
         parent_digest=delta_digest(parent) if isinstance(parent, Delta) else parent,
         quantize=base.quantize,
+        teacher=teacher and teacher.name,
+        teacher_digest=teacher and teacher.digest,
         metrics=metrics,
         versions=versions(),
         environment=environment,

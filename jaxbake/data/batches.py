@@ -80,7 +80,7 @@ def left_out(example: Example, shared: np.ndarray) -> int:
     return min(_match(example.teacher_prefix, shared), max(example.teacher_prefix.size - 1, 0))
 
 
-def bucket(length: int) -> int:
+def _bucket(length: int) -> int:
     """The next row length: a multiple of 8, from 128 on with eight steps an octave, from 1024 on a multiple of 128."""
     step = min(max(8, (1 << max(length - 1, 1).bit_length()) >> 4), 128)
     return -(-length // step) * step
@@ -167,7 +167,7 @@ class Batches:
             if longest > max_length:
                 raise JaxbakeError(
                     f"example {i} ({example.kind}) is {longest} tokens long, more than train.max_length: {max_length}; "
-                    f"raise it to {bucket(longest)}, or lower sampling.max_tokens"
+                    f"raise it to {_bucket(longest)}, or lower sampling.max_tokens"
                 )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -220,7 +220,7 @@ class Batches:
         return useful / computed
 
     def _bucket(self, length: int) -> int:
-        return -(-bucket(length) // self._tokens_multiple) * self._tokens_multiple
+        return -(-_bucket(length) // self._tokens_multiple) * self._tokens_multiple
 
     def _round(self, rows: int) -> int:
         return -(-rows // self._multiple) * self._multiple

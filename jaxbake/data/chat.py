@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -203,6 +203,8 @@ def example_from_response(
     response_ids: Sequence[int] | np.ndarray,
     tools: list | None = None,
     weight: float = 1.0,
+    number: int = 0,
+    teacher_tokenizer=None,
 ) -> Example:
     """The two views of a sampled response; all its tokens are matched.
 
@@ -211,6 +213,8 @@ def example_from_response(
       prompt, context: u and o.
       messages: the conversation before the response, or the stimulus.
       response_ids: as sampled, with the end-of-turn token where it was drawn.
+      number: which of several prompts u is.
+      teacher_tokenizer: the teacher's, where it is another model with a chat template of its own.
 
     Raises JaxbakeError for an empty response, for messages the template refuses, and where a view has no token to
     predict the response from.
@@ -219,8 +223,9 @@ def example_from_response(
     tail = np.asarray(response_ids, np.int32)
     if tail.size == 0:
         raise JaxbakeError("a response without tokens cannot be baked; it needs at least the end-of-turn token")
-    views = [prefix_ids(tokenizer, system, messages, tools) for system in (teacher, student)]
-    return _example(kind, *views, tail, np.ones(tail.size, bool), weight)
+    sides = ((teacher_tokenizer or tokenizer, teacher), (tokenizer, student))
+    views = [prefix_ids(tokenizer, system, messages, tools) for tokenizer, system in sides]
+    return replace(_example(kind, *views, tail, np.ones(tail.size, bool), weight), prompt=number)
 
 
 def example_from_text(tokenizer, teacher_prefix: str, student_prefix: str, text: str, *, kind: str = "bake") -> Example:

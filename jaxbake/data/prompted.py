@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxbake.data.batches import View, bucket, empty_view, left_out, shared_prefix
+from jaxbake.data.batches import View, empty_view, left_out, shared_prefix
 from jaxbake.data.chat import Example
 
 _OPEN = 32  # rows that are not full yet, among which a place is looked for
@@ -18,6 +18,10 @@ def prompts_of(examples: Sequence[Example]) -> tuple[np.ndarray, ...]:
     for example in examples:
         groups.setdefault(example.prompt, []).append(example)
     return tuple(shared_prefix(groups.get(number, [])) for number in range(max(groups, default=-1) + 1))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()
 
 
 class TeacherRows:
@@ -47,13 +51,13 @@ class TeacherRows:
         self._starts = np.cumsum(self._matched) - self._matched
 
         total, longest = int(self._lengths.sum()), int(self._lengths.max())
-        # Rows of the longest example hold the others badly, where all are long; in twice that, little is lost.
-        self.length = -(-bucket(min(2 * longest, max(longest, total))) // tokens_multiple) * tokens_multiple
+        # Powers of two, so that other examples of like length have the same shape; longer rows hold examples better.
+        self.length = -(-_power_of_two(longest + longest // 2) // tokens_multiple) * tokens_multiple
         per_row = round(1.1 * self.length * int(self._matched.sum()) / total)
-        self.matched = bucket(max(int(self._matched.max()), per_row))
+        self.matched = min(_power_of_two(max(int(self._matched.max()), per_row)), self.length)
         needed = np.bincount(self._prompt, self._lengths)
-        needed = -(-needed[needed > 0] // self.length)
-        rows = int(min(-(-batch_size * total // (len(examples) * self.length)), max(np.median(needed), 1)))
+        usual = np.median(np.ceil(needed[needed > 0] / self.length))
+        rows = _power_of_two(min(-(-batch_size * total // (len(examples) * self.length)), int(usual)))
         self.rows = -(-rows // rows_multiple) * rows_multiple
 
     def groups(self, which: np.ndarray) -> Iterator[tuple[int, int, Iterator[tuple[View, np.ndarray]]]]:

@@ -148,17 +148,39 @@ def split_held_out(stimuli: Sequence[str], fraction: float, seed: int) -> tuple[
 
     A single stimulus is on both sides: what is held out are then other responses to it.
     """
-    if not stimuli:
+    (train,), (held_out,) = split_prompts([stimuli], fraction, seed)
+    return train, held_out
+
+
+def split_prompts(
+    stimuli: Sequence[Sequence[str]], fraction: float, seed: int
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Training and held-out stimuli of several prompts, as `split_held_out` does: a text is on the same side behind all
+    of them, and every prompt keeps one to train on.
+
+    Where each prompt has but one stimulus, those that are held out are trained on too.
+    """
+    texts = {text for group in stimuli for text in group}
+    if not all(stimuli) or not texts:
         raise JaxbakeError("stimuli: there are none; give items, a file, a dataset, or generate.count")
-    if len(stimuli) == 1:
-        return list(stimuli), list(stimuli)
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
 
-    count = min(max(round(fraction * len(stimuli)), 1), len(stimuli) - 1)
-    held_out = set(sorted(stimuli, key=rank)[:count])
-    return [s for s in stimuli if s not in held_out], [s for s in stimuli if s in held_out]
+    asking: dict[str, list[int]] = {}  # the prompts that a text is asked behind
+    for number, group in enumerate(stimuli):
+        for text in group:
+            asking.setdefault(text, []).append(number)
+    left = [len(group) for group in stimuli]
+    ranked, count, held_out = sorted(texts, key=rank), max(round(fraction * len(texts)), 1), set()
+    for text in ranked:
+        if len(held_out) < count and all(left[number] > 1 for number in asking[text]):
+            held_out.add(text)
+            for number in asking[text]:
+                left[number] -= 1
+    both = set(ranked[:count]) if not held_out else set()
+    train = [[text for text in group if text not in held_out] for group in stimuli]
+    return train, [[text for text in group if text in held_out | both] for group in stimuli]
 
 
 # The five kinds of seed prompts follow Cartridges (arXiv 2506.06266), which found them far better than one.
@@ -262,16 +284,29 @@ def load_pins(path: str | Path | None = None) -> list[str]:
 
 def load_contexts(path: str | Path | None = None) -> list[tuple[str, list[str]]]:
     """Other prompts, with user turns they bear on: jsonl of {"prompt", "stimuli"}; without a path the shipped ones."""
-    path = Path(path) if path is not None else _default("contexts.jsonl")
+    return _prompts(Path(path) if path is not None else _default("contexts.jsonl"), bare=False)
+
+
+def load_prompts(path: str | Path) -> list[tuple[str, list[str]]]:
+    """Several prompts to bake, each with its own user turns: jsonl of {"prompt", "stimuli"}, the latter optional."""
+    return _prompts(Path(path), bare=True)
+
+
+def _prompts(path: Path, bare: bool) -> list[tuple[str, list[str]]]:
+    """Prompts and their user turns; `bare`: they may have none."""
     contexts = []
     for where, row in _objects(path):
         for key in row:
             if key not in ("prompt", "stimuli"):
                 raise JaxbakeError(f"{where}: unknown field '{key}'; {did_you_mean(key, ['prompt', 'stimuli'])}")
-        prompt, stimuli = row.get("prompt"), row.get("stimuli")
+        prompt, stimuli = row.get("prompt"), row.get("stimuli", [] if bare else None)
         if not isinstance(prompt, str) or not prompt.strip():
             raise JaxbakeError(f"{where}: 'prompt' must be text that is not empty")
-        if not isinstance(stimuli, list) or not stimuli or not all(isinstance(s, str) and s.strip() for s in stimuli):
+        if (
+            not isinstance(stimuli, list)
+            or not (stimuli or bare)
+            or not all(isinstance(s, str) and s.strip() for s in stimuli)
+        ):
             raise JaxbakeError(f"{where}: 'stimuli' must be a list of user turns")
         contexts.append((prompt.strip(), deduplicate(s.strip() for s in stimuli)))
     if not contexts:

@@ -25,6 +25,7 @@ class Request:
     """One response to be drawn from the prompted model. `seed` alone decides its random draws.
 
     context: another prompt that stands after the baked one ("context" rows only).
+    prompt: which of the prompts that are baked, counted from 0 (of no meaning for pins).
     """
 
     index: int
@@ -34,6 +35,7 @@ class Request:
     temperature: float
     seed: int
     split: Split
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Trajectory:
     response_ids: tuple[int, ...]
     logprob: float
     finished: bool
+    prompt: int = 0
 
 
 def _stable(*parts: Any) -> int:
@@ -66,8 +69,8 @@ def _shuffled(items: Sequence, *key: Any) -> list:
 
 
 def plan_requests(
-    stimuli_train: Sequence[str],
-    stimuli_held_out: Sequence[str],
+    stimuli_train: Sequence[Sequence[str]],
+    stimuli_held_out: Sequence[Sequence[str]],
     sampling: SamplingConfig,
     retention: RetentionConfig,
     pins: Sequence[str] = (),
@@ -75,6 +78,8 @@ def plan_requests(
     seed: int = 0,
 ) -> list[Request]:
     """Every response a bake is trained and judged on; the same arguments give the same list.
+
+    The stimuli are given by prompt: those of the first, of the second, ...
 
     Training rows: each stimulus `samples_per_stimulus` times; then so many pins and context rows that they make up
     their fractions of all training rows. Pins are unrelated user turns. Context rows take another prompt o and by turns
@@ -86,51 +91,58 @@ def plan_requests(
 
     Raises JaxbakeError where a fraction is set and there is nothing to fill it with.
     """
-    if not stimuli_train or not stimuli_held_out:
+    turns_train, turns_held_out = (
+        [(number, text) for number, group in enumerate(groups) for text in group]
+        for groups in (stimuli_train, stimuli_held_out)
+    )
+    if not turns_train or not turns_held_out:
         raise JaxbakeError("stimuli: none to sample responses for; give at least one")
     requests: list[Request] = []
 
-    def add(kind: Kind, stimulus: str, context: str | None = None, split: Split = "train", turn: int = 0) -> None:
+    def add(
+        kind: Kind, number: int, stimulus: str, context: str | None = None, split: Split = "train", turn: int = 0
+    ) -> None:
         index = len(requests)
-        temperature = sampling.temperature[turn % len(sampling.temperature)]
-        requests.append(Request(index, kind, stimulus, context, float(temperature), _stable(seed, index), split))
+        temperature = float(sampling.temperature[turn % len(sampling.temperature)])
+        requests.append(Request(index, kind, stimulus, context, temperature, _stable(seed, index), split, number))
 
     samples = sampling.samples_per_stimulus
-    for i, stimulus in enumerate(stimuli_train):
+    for i, (number, stimulus) in enumerate(turns_train):
         for j in range(samples):
-            add("bake", stimulus, turn=i * samples + j)
+            add("bake", number, stimulus, turn=i * samples + j)
     rows = len(requests) / (1 - retention.pins - retention.contexts)
     few = min(samples, HELD_OUT_SAMPLES)
-    for i, stimulus in enumerate(stimuli_held_out):
+    for i, (number, stimulus) in enumerate(turns_held_out):
         for j in range(few):
-            add("bake", stimulus, split="held_out", turn=i * few + j)
+            add("bake", number, stimulus, split="held_out", turn=i * few + j)
 
     # The same turn as pin and as bake row would ask for two different answers.
-    own, held = {s.strip() for s in (*stimuli_train, *stimuli_held_out)}, {s.strip() for s in stimuli_held_out}
+    own, held = ({s.strip() for _, s in turns} for turns in (turns_train + turns_held_out, turns_held_out))
     count = round(rows * retention.pins)
     free = _shuffled([pin for pin in pins if pin.strip() not in own], seed, "pins")
     if count and not free:
         raise JaxbakeError("retention.pins: no user turns to pin beside the stimuli; set pins to 0 or give some")
     for i in range(count):
-        add("pin", free[i % len(free)], turn=i)
+        add("pin", 0, free[i % len(free)], turn=i)
 
     count = round(rows * retention.contexts)
     others = [(prompt, [s for s in turns if s.strip() not in held]) for prompt, turns in contexts]
     others = _shuffled([(prompt, turns) for prompt, turns in others if turns], seed, "contexts")
     if count and not others:
         raise JaxbakeError("retention.contexts: no other prompts with user turns; set contexts to 0 or give some")
-    asked = _shuffled(stimuli_train, seed, "asked in contexts")
+    asked = _shuffled(turns_train, seed, "asked in contexts")
     for i in range(count):
         visit, half = divmod(i, 2)
         prompt, turns = others[visit % len(others)]
+        number, stimulus = asked[visit % len(asked)]
         own_turn = turns[(visit // len(others)) % len(turns)]
-        add("context", asked[visit % len(asked)] if half else own_turn, prompt, turn=i)
+        add("context", number, stimulus if half else own_turn, prompt, turn=i)
     return requests
 
 
 def fingerprint(
     *,
-    prompt: str | None,
+    prompt: str | Sequence[str] | None,
     base_digest: str,
     template_hash: str,
     sampling: SamplingConfig,
@@ -166,6 +178,7 @@ _COLUMNS = {
     "response_ids": (None, "the sampled token ids: what is trained on"),
     "logprob": ("float64", "sum of their log-probabilities under the prompted model at temperature 1"),
     "finished": ("bool", "whether the model ended its turn, rather than running into the length limit"),
+    "prompt": ("int64", "which of the prompts that are baked, counted from 0"),
 }
 
 

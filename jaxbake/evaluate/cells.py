@@ -90,31 +90,53 @@ class FourCells:
 def four_cells(
     base: Any,
     delta: Any,
-    prompt: str,
+    prompt: str | Sequence[str],
     items: Sequence[Item],
     *,
     max_tokens: int = 64,
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> FourCells:
-    """Asks all items in the four cells, greedily. Raises JaxbakeError for no items or an empty prompt."""
+    """Asks all items in the four cells, greedily; of several prompts each behind the one it is about (`Item.prompt`).
+
+    Raises JaxbakeError for no items, an empty prompt, and an item that names none of several prompts.
+    """
     if not items:
         raise JaxbakeError("the four cells need at least one question")
-    if not prompt.strip():
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not all(text.strip() for text in prompts):
         raise JaxbakeError("the four cells need the prompt that was baked; it is empty")
+    about = [_about(item, len(prompts)) for item in items]
     without = with_strength(delta, 0.0)  # bit for bit the base, by the program that serves the baked model too
     ways = {
-        "base": (without, None),
-        "prompted": (without, prompt),
-        "baked": (delta, None),
-        "baked_prompted": (delta, prompt),
+        "base": (without, False),
+        "prompted": (without, True),
+        "baked": (delta, False),
+        "baked_prompted": (delta, True),
     }
-    replies = {
-        cell: ask(
-            base, with_delta, items, system=system, max_tokens=max_tokens, batch_size=batch_size, what=NAMES[cell],
-            progress=Part(progress, i * len(items), len(ways) * len(items)),
-        )
-        for i, (cell, (with_delta, system)) in enumerate(ways.items())
-    }  # fmt: skip
+    replies: dict[str, list[str]] = {}
+    done, total = 0, len(ways) * len(items)
+    for cell, (with_delta, behind) in ways.items():
+        found: dict[int, str] = {}
+        for number in sorted(set(about)) if behind else [None]:
+            mine = [i for i in range(len(items)) if number in (None, about[i])]
+            texts = ask(
+                base, with_delta, [items[i] for i in mine], system=None if number is None else prompts[number],
+                max_tokens=max_tokens, batch_size=batch_size, what=NAMES[cell], progress=Part(progress, done, total),
+            )  # fmt: skip
+            found.update(zip(mine, texts, strict=True))
+            done += len(mine)
+        replies[cell] = [found[i] for i in range(len(items))]
     right = {cell: [is_correct(i, r) for i, r in zip(items, replies[cell], strict=True)] for cell in CELLS}
     return FourCells(tuple(items), replies, right)
+
+
+def _about(item: Item, prompts: int) -> int:
+    """Which of the prompts an item is about."""
+    number = 0 if item.prompt is None and prompts == 1 else item.prompt
+    if number is None or number >= prompts:
+        said = "does not say which" if number is None else f"names prompt {number}"
+        raise JaxbakeError(
+            f"question {item.question[:40]!r}: {said} of {prompts} prompts it is about; give it a 'prompt' from 0 on"
+        )
+    return number

@@ -14,20 +14,22 @@ from jaxbake.errors import JaxbakeError, did_you_mean
 Rule = Callable[[str, str, str], bool]
 """(reply, answer, what stands after the colon of the check) -> whether the reply is right."""
 
-FIELDS = ("question", "messages", "answer", "system", "check", "group")
+FIELDS = ("question", "messages", "answer", "system", "check", "group", "prompt")
 
 
 @dataclass(frozen=True)
 class Item:
     """A conversation up to where the model is to speak, what it should say, and the rule that decides.
 
-    group: what the item is counted under in tables; "" for none.
+    group: what the item is counted under in tables; "" for none. prompt: which of several baked prompts it is about,
+    counted from 0.
     """
 
     messages: tuple[dict, ...]
     answer: str
     check: str = "contains"
     group: str = ""
+    prompt: int | None = None
 
     @property
     def question(self) -> str:
@@ -119,7 +121,7 @@ def accuracy(items: Iterable[Item], replies: Iterable[str]) -> float:
 
 def load_items(path: str | Path, match: str = "contains", limit: int | None = None) -> list[Item]:
     """Items from JSON lines: {"question": text} or {"messages": [...]}, {"answer": text}, and optional "system",
-    "check" (else `match`) and "group".
+    "check" (else `match`), "group" and "prompt" (a number, where several prompts were baked).
 
     Raises JaxbakeError naming the line and field that is wrong.
     """
@@ -149,7 +151,10 @@ def _item(line: str, match: str, where: str) -> Item:
             raise JaxbakeError(f"{where}: unknown field '{name}'; {did_you_mean(name, FIELDS)}")
     if ("question" in row) == ("messages" in row):
         raise JaxbakeError(f"{where}: needs either 'question' or 'messages'")
-    for name in set(row) - {"messages"}:
+    prompt = row.get("prompt")
+    if prompt is not None and (not isinstance(prompt, int) or isinstance(prompt, bool) or prompt < 0):
+        raise JaxbakeError(f"{where}: 'prompt' must be the number of a prompt, counted from 0, is {prompt!r:.40}")
+    for name in set(row) - {"messages", "prompt"}:
         if not isinstance(row[name], str):
             raise JaxbakeError(f"{where}: '{name}' must be text, is {row[name]!r:.40}")
     if "answer" not in row:
@@ -168,7 +173,7 @@ def _item(line: str, match: str, where: str) -> Item:
         if messages[0]["role"] == "system":
             raise JaxbakeError(f"{where}: has 'system' and a system message; write it once")
         messages = ({"role": "system", "content": row["system"]}, *messages)
-    return Item(messages, row["answer"], check, row.get("group", ""))
+    return Item(messages, row["answer"], check, row.get("group", ""), prompt)
 
 
 def user(question: str) -> tuple[dict, ...]:

@@ -37,7 +37,7 @@ class Evaluation:
 def measure(
     base: Any,
     delta: Any,
-    prompt: str,
+    prompt: str | Sequence[str],
     *,
     items: Sequence[Item] = (),
     examples: Sequence[Example] = (),
@@ -49,6 +49,7 @@ def measure(
     """Measures a bake on whatever is given.
 
     Args:
+      prompt: the baked one, or several; what is measured behind "the" prompt beside the cells is so behind the first.
       items: questions the prompt answers, for the four cells.
       examples: held-out examples of the bake, for the KL to the prompted model.
       material: what retention is measured on.
@@ -62,6 +63,7 @@ def measure(
         cells = four_cells(base, delta, prompt, items, progress=Part(progress, 0, total), **options)
     if material and material.questions:
         part = Part(progress, 4 * len(items), total)
-        kept = retention(base, delta, prompt, material, progress=part, **options)
+        first = prompt if isinstance(prompt, str) else prompt[0]
+        kept = retention(base, delta, first, material, progress=part, **options)
     near = fidelity(base, delta, examples) if examples else None
     return Evaluation(cells, near, kept)

@@ -22,7 +22,6 @@ def top_k_of(
     *,
     softcap: float | None = None,
     temperature: float = 1.0,
-    vocabulary: int | None = None,
     chunk_size: int | None = None,
 ) -> TopK:
     """The k most likely next tokens, and the log of what the others have together, a chunk of tokens at a time.
@@ -32,14 +31,13 @@ def top_k_of(
       unembed_VD: [V, D].
       k: from 1 to the size of the vocabulary.
       softcap, temperature: of the logits, as in `fused_kl`.
-      vocabulary: how many of the V tokens there are; rows from there on (they fill a matrix up) count for nothing.
       chunk_size: as in `fused_kl`.
 
     Returns a `TopK` of float32 (float64 if an input is), most likely tokens first.
 
     Raises JaxbakeError for a k out of range.
     """
-    size = unembed_VD.shape[0] if vocabulary is None else min(vocabulary, unembed_VD.shape[0])
+    size = unembed_VD.shape[0]
     if not 1 <= k <= size:
         raise JaxbakeError(f"top_k: {k} of a vocabulary of {size} tokens; take 1 to {size}, usual are 20 to 100")
     how, tokens, heads, _ = prepare(
@@ -50,9 +48,7 @@ def top_k_of(
     def chunk(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[TopK, Any]:
         s_CV = soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
         first = 0 if heads.first is None else heads.first
-        ids_V = first + jnp.arange(s_CV.shape[-1])
-        real_V = (ids_V < size) if heads.valid is None else (ids_V < size) & heads.real_V
-        s_CV = jnp.where(real_V, s_CV, ABSENT)
+        s_CV = s_CV if heads.valid is None else jnp.where(heads.real_V, s_CV, ABSENT)
         logits_CK, ids_CK = lax.top_k(s_CV, min(k, s_CV.shape[-1]))
         ids_CK += first
         if how.axes:  # every part's most likely ones, and of them the most likely

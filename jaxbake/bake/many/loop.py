@@ -17,6 +17,7 @@ from jaxbake.bake.folder import Runs, claim
 from jaxbake.bake.lock import owned
 from jaxbake.bake.loop import (
     BakeResult,
+    Prompts,
     _check,
     _examples,
     _finished,
@@ -32,7 +33,7 @@ from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.train import Trained
 from jaxbake.bakery.card import sha256
-from jaxbake.config import BakeConfig, StimuliConfig
+from jaxbake.config import BakeConfig, StimuliConfig, TeacherConfig
 from jaxbake.errors import JaxbakeError, TrainingDiverged
 from jaxbake.files import AnyPath, absolute, is_remote, read_json, write_whole
 from jaxbake.models.base import Base, on_mesh
@@ -123,7 +124,7 @@ def bake_many(
                 failed[bake.name] = what
             elif results[i] is None:
                 results[i] = _result(
-                    base, one.prompt, bake.config, what, member.held_out, member.runs, bake.name, bake.recipe,
+                    base, one.prompts, bake.config, what, member.held_out, member.runs, bake.name, bake.recipe,
                     one.folder,
                 )  # fmt: skip
 
@@ -168,8 +169,7 @@ def _group(keys: list[str], unfinished: list[int], root: AnyPath | None) -> tupl
 class _Prepared:
     """A bake that is known to be possible; folder None writes nothing."""
 
-    prompt: str
-    given: list[str]
+    prompts: Prompts
     generate: Any
     pins: Sequence[str]
     contexts: Contexts
@@ -194,23 +194,28 @@ def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None) -> _Prepared:
     root = Path(bake.root)
     try:
         prompt = _check(base, bake.prompt, bake.config)
+        if bake.config.teacher != TeacherConfig():
+            raise JaxbakeError(
+                "teacher: bakes of one step learn from the base itself, its hidden states; bake it alone"
+            )
         given, generate = _given(bake.stimuli, root)
         pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
         contexts = contexts_for(base, prompt, bake.config, root) if bake.contexts is None else bake.contexts
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    identity = _identity(base, prompt, given, generate, pins, contexts, bake.config)
-    return _Prepared(prompt, given, generate, pins, contexts, identity, output and output / bake.name)
+    prompts = [(prompt, given)]
+    identity = _identity(base, prompts, generate, pins, contexts, bake.config)
+    return _Prepared(prompts, generate, pins, contexts, identity, output and output / bake.name)
 
 
 def _member(base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress) -> Member:
     """The bake's examples, from responses that are sampled now or already there; finished, its folder is left alone."""
     runs = Runs(None if finished else one.folder, hosts.environment(base.mesh))
     try:
-        given = one.given
+        prompts = one.prompts
         if one.generate:
-            given = _written(base, one.prompt, given, one.generate, one.folder, bake.config.seed, progress)
-        examples = _examples(base, one.prompt, given, bake.config, one.pins, one.contexts, one.folder, progress, runs)
+            prompts = _written(base, prompts, one.generate, one.folder, bake.config.seed, progress)
+        examples = _examples(base, prompts, bake.config, one.pins, one.contexts, one.folder, progress, runs)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
     return Member(bake.name, bake.config, *examples, None if finished else one.folder, runs)

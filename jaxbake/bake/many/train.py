@@ -75,7 +75,8 @@ class _Loop:
         self.patient = any(config.train.patience for config in configs)
         accumulate = max(config.optimizer.accumulate for config in configs)
         remat, loss = any(config.train.remat for config in configs), configs[0].loss
-        self.rows, self.evaluation = Rows(base, members, accumulate), Evaluation(base, members)
+        self.rows = Rows(base, members, accumulate)
+        self.evaluation = Evaluation(base, members, self.rows.voices)
         self.step = make_many_step(base.config, loss, accumulate=accumulate, remat=remat)
         self.evaluate = make_many_eval(base.config, loss)
         self.waiting: deque[tuple[int, dict[str, jax.Array], list[bool]]] = deque()
