@@ -55,7 +55,6 @@ def write_rows(rows: np.ndarray, at: np.ndarray, said: Any) -> None:
         rows[name][at] = values
 
 
-
 def where_to_keep(
     size: int, settings: TrainConfig, folder: AnyPath | None, taken: Mapping[str, int] | None = None
 ) -> str | None:
