@@ -157,7 +157,8 @@ class TrainConfig:
     max_length: longest row in tokens, prompt not counted; longer examples are refused, never cut.
     teacher_device_gb, teacher_host_gb, teacher_disk_gb: where examples are visited again, what the teacher says of them
       is computed once and kept on the device, in memory or in a file of the output folder, the first of these that may
-      take as much (in GiB); where none may, the teacher is asked at every visit. It does not change the bake.
+      take as much (in GiB); where none may, the teacher is asked at every visit, of several prompts as many steps ahead
+      as teacher_host_gb holds. It does not change the bake.
     """
 
     steps: int = 200

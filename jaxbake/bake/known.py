@@ -113,8 +113,9 @@ class Teachers:
             fill(self._others, others, parts)
 
     def let_go(self) -> None:
-        """The other model's weights are no longer needed."""
+        """The other model's weights are no longer needed, nor a prompt's keys and values."""
         self._others = None
+        self._asker.forget()
         if self.other is not None:
             self.other.let_go()
 
@@ -162,17 +163,17 @@ def teach(
     asked = config.loss.divergence != "cross_entropy"
     size = teachers.size(train, form)
     room = where_to_keep(size, settings, local) if asked and (again or other) else None
-    filed = room and other and where_to_keep(size, replace(settings, teacher_device_gb=0, teacher_host_gb=0), local)
+    on_disk = replace(settings, teacher_device_gb=0, teacher_host_gb=0)
+    filed = room == "disk" or (room and other and where_to_keep(size, on_disk, local))
 
     held_table = _table(teachers, held, held_form, local / layout.TEACHER / HELD_OUT if filed else None)
     tables = [(held_table, held, held_form)]
     if room:
-        table = _table(teachers, train, form, local / layout.TEACHER if filed or room == "disk" else None)
+        table = _table(teachers, train, form, local / layout.TEACHER if filed else None)
         tables.append((table, train, form))
-    missing = [entry for entry in tables if not entry[0].complete]
-    if missing:
-        which = np.sort(np.concatenate([which for _, which, _ in missing]))
-        teachers.fill(which, [teachers.part(table.rows, form, which) for table, which, form in missing])
+    parts = [teachers.part(table.rows, form, which) for table, which, form in tables if not table.complete]
+    if parts:  # all are asked about, in the rows that are always the same: so a resumed bake is bitwise the same
+        teachers.fill(np.sort(np.concatenate([which for _, which, _ in tables])), parts)
     for table, _, _ in tables:
         table.finish()
     held_known = Known(base, held_table.rows)
