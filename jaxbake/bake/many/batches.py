@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import BATCH_AXES, HIDDEN_AXES
 from jaxbake.bake.asking import Asker, teacher_hidden_of
-from jaxbake.bake.known import take_rows, teacher_key
+from jaxbake.bake.known import HELD_OUT, take_rows, teacher_key
 from jaxbake.bake.targets import ROOMS, Form, Table, content_key, open_table, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike
 from jaxbake.mesh import AnyMesh, parts, put
@@ -75,16 +74,19 @@ class Voices:
         """The keys and values of member i's prompt."""
         return self._askers[i].prefix(0)
 
-    def hidden(self, i: int) -> np.ndarray:
-        """What member i's teacher says of its training examples [matched, D]; the held-out ones are asked about too, in
-        the rows that a bake alone has, and kept."""
+    def hidden(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """What member i's teacher says of its training examples [matched, D] and of the held-out ones, asked about
+        together, in the rows that a bake alone has."""
         said = self._askers[i].hidden()
         self._askers[i].forget()
-        self._held_out[i] = said[self._matched[i] :].copy()
-        return said[: self._matched[i]]
+        return said[: self._matched[i]], said[self._matched[i] :]
+
+    def keep(self, i: int, held_out: np.ndarray) -> None:
+        """What it says of the held-out ones is known."""
+        self._held_out[i] = held_out
 
     def held_out(self, i: int) -> np.ndarray:
-        """And of its held-out ones."""
+        """What it says of the held-out ones; asked about them alone where it was not kept."""
         if i not in self._held_out:
             which = np.arange(self._first_held_out[i], len(self.examples[i]))
             self._held_out[i] = self._askers[i].hidden(which)[self._matched[i] :]
@@ -127,12 +129,18 @@ class Rows:
     def _ask_once(self, members: Sequence[Any]) -> None:
         taken, on_device = dict.fromkeys(ROOMS, 0), {}
         for i, member in enumerate(members):
-            table, room = self._table(i, member, taken)
-            if table is None:
+            found = self._tables(i, member, taken)
+            if found is None:
                 continue
-            if not table.complete:
-                table.rows[:] = self.voices.hidden(i)
-            table.finish()
+            room, tables = found
+            if not all(table.complete for table in tables):
+                for table, said in zip(tables, self.voices.hidden(i), strict=True):
+                    if not table.complete:
+                        table.rows[:] = said
+            for table in tables:
+                table.finish()
+            table, held_out = tables
+            self.voices.keep(i, held_out.rows)
             taken[room] += table.rows.nbytes
             # On a mesh each device is given what its rows need.
             (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
@@ -141,16 +149,23 @@ class Rows:
             self._starts = {i: int(e) - on_device[i].shape[0] for i, e in zip(on_device, ends, strict=True)}
             self._on_device = jnp.asarray(np.concatenate(list(on_device.values())))
 
-    def _table(self, i: int, member: Any, taken: dict[str, int]) -> tuple[Table | None, str | None]:
-        """Where to write what member i's teacher says, and in which room that is; None where it is not kept."""
-        train, examples, dtype = member.config.train, member.examples, self._base.params["norm"].dtype
-        shape = sum(int(example.mask.sum()) for example in examples), self._base.config.hidden_size
-        room = where_to_keep(math.prod(shape) * dtype.itemsize, train, member.folder, taken)
+    def _tables(self, i: int, member: Any, taken: dict[str, int]) -> tuple[str, tuple[Table, Table]] | None:
+        """The room for what member i's teacher says, and where to write it there: of the training examples, and of the
+        held-out ones. None where it is not kept."""
+        train, examples = member.config.train, member.examples
+        width, dtype = self._base.config.hidden_size, self._base.params["norm"].dtype
+        sizes = [sum(int(e.mask.sum()) for e in some) for some in (examples, member.held_out)]
+        room = where_to_keep(sizes[0] * width * dtype.itemsize, train, member.folder, taken)
         if room is None or train.steps * train.batch_size <= len(examples):  # each example is visited once at most
-            return None, None
+            return None
         folder = member.folder / layout.TEACHER if room == "disk" else None
         who = teacher_key(self._base, None, Form())
-        return open_table(shape, dtype, folder, content_key(who, self.voices.examples[i], self.voices.prompts[i])), room
+        key = content_key(who, self.voices.examples[i], self.voices.prompts[i])
+        first, second = (
+            open_table((size, width), dtype, where, key)
+            for size, where in zip(sizes, (folder, folder and folder / HELD_OUT), strict=True)
+        )
+        return room, (first, second)
 
     def useful_fraction(self, i: int) -> float:
         """Share of a member's row tokens that are no padding."""
