@@ -254,6 +254,17 @@ def test_sampling_and_baking_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(found[name], factor, rtol=0, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kept", ["hidden states", "top k", "some steps'"])
+def test_several_prompts_on_a_mesh_train_as_on_one_device(kept):
+    import test_prompts as prompts
+    from tiny_base import tiny_base
+
+    changes = {"steps": 4, **({"top_k": 16} if kept == "top k" else prompts.NOWHERE if kept == "some steps'" else {})}
+    spread = prompts.trained(base=on_mesh(tiny_base(), "fsdp=4,tp=2"), **changes)
+    for found, expected in zip(spread, prompts.trained(**changes), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
 def test_many_bakes_on_a_mesh_are_those_of_one_device(tmp_path):
     """Three members, of other ranks and slots; one ends early, and the others close up."""
     from tiny_base import CONFIG as SMALL

@@ -18,7 +18,7 @@ from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.many.seat import Member
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
 from jaxbake.bakery.store import load_delta
-from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
+from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TeacherConfig, TrainConfig
 from jaxbake.data.batches import Batch, View
 from jaxbake.data.chat import Example
 from jaxbake.deltas.lora import Delta, delta_digest, init_delta
@@ -150,6 +150,7 @@ def test_what_is_finished_is_returned_and_leaves_no_states(together, tmp_path):
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, loss=LossConfig("reverse")))], "cook: .*same loss"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, mesh="fsdp=1"))], "cook: mesh is fsdp=1, that of 'sailor'"),
         ([SPECS[0], replace(SPECS[1], prompt=" ")], "cook: prompt"),
+        ([replace(SPECS[0], config=replace(COOK, teacher=TeacherConfig(top_k=9)))], "sailor: teacher: .*bake it alone"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, lora=LoraConfig(rank=99)))], "cook: lora.rank: 99"),
     ],
 )

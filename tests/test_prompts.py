@@ -109,13 +109,13 @@ def test_rows_hold_every_matched_token_once_behind_its_own_prompt():
     assert sorted(found) == sorted(t for i in which for t in range(starts[i], starts[i + 1]))
 
 
-def trained(config: BakeConfig = CONFIG, folder=None, examples=None, **teacher) -> tuple[list[float], list[float]]:
+def trained(config: BakeConfig = CONFIG, folder=None, base=None, **teacher) -> tuple[list[float], list[float]]:
     """Losses and held-out KLs of a training on several prompts."""
     changes = {name: teacher.pop(name) for name in list(teacher) if name != "top_k"}
     config = replace(config, train=replace(config.train, **changes), teacher=TeacherConfig(**teacher))
-    examples = make_examples() if examples is None else examples
+    base, examples = base or tiny.tiny_base(), make_examples()
     held_out = [e for e in make_examples(each=1, seed=0) if e.kind == "bake"]
-    rows = train(tiny.tiny_base(), config, examples, held_out, folder, lambda *_: None, Runs(None, {})).metrics
+    rows = train(base, config, examples, held_out, folder, lambda *_: None, Runs(None, {})).metrics
     return [row["loss"] for row in rows[1:]], [row["held_out_kl"] for row in rows if "held_out_kl" in row]
 
 
