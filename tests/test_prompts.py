@@ -214,6 +214,24 @@ def test_one_text_among_prompts_is_the_prompt():
     assert delta_digest(alone.delta) == delta_digest(among.delta) and among.card.prompt == tiny.PROMPT
 
 
+@pytest.mark.parametrize("rooms", [{**NOWHERE, "teacher_disk_gb": 1}, {**NOWHERE, "teacher_host_gb": 5e-6}])
+def test_killed_and_run_again_it_is_bitwise_the_same(rooms, tmp_path):
+    """With what the teachers say in a file, and asked some steps ahead: the kill is inside of such a window."""
+    config = replace(small(), train=replace(small().train, checkpoint_every=2, **rooms))
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage, done, total, info):
+        if stage == "bake" and done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        baked(tmp_path / "a", config=config, progress=kill)
+    again, whole = baked(tmp_path / "a", config=config), baked(tmp_path / "b", config=config)
+    assert delta_digest(again.delta) == delta_digest(whole.delta) and again.metrics == whole.metrics
+
+
 def test_what_cannot_be_several_prompts_is_named():
     for changes, said in (
         ({"prompt": "x"}, "give one of them"),
