@@ -196,7 +196,8 @@ for vocab in (96, 90):  # 90 does not divide: some parts are filled up
     measure = jax.jit(lambda s, u, t: fused_metrics(s, u, None, None, jnp.ones((8, 6)), teacher_top=t))
     there = place(unembed, "tp", "fsdp")
     top, top_ = tops(teacher, unembed), tops(place(teacher, "fsdp"), there)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), top_, top)
+    # Logs of probabilities: what counts is the absolute error, and one near 0 has few digits of its own.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), top_, top)
     (value, grad), (value_, grad_) = step(student, unembed, top), step(place(student, "fsdp"), there, top_)
     np.testing.assert_allclose(value_, value, rtol=1e-5)
     np.testing.assert_allclose(grad_, grad, rtol=1e-4, atol=1e-5)

@@ -95,8 +95,8 @@ def table(
         shared = theirs("M generate, prompt shared", "hf_generate.py", *rows, "--way", "shared")
         lines.append(Line("M: sampling / Hugging Face generate", sample, naive, "speed", 3.0))
         lines.append(Line("M: sampling / generate with the prompt's cache shared", sample, shared, "speed", None))
-        mixed = ours("M mixed lengths", "step", "--size", "M", "--mixed")
-        lines.append(Line("M, mixed lengths: useful share of computed tokens", mixed, None, "useful_fraction", 0.9))
+        mixed = ours("M mixed lengths", "step", "--size", "M", "--mixed", "--batch", "16")
+        lines.append(Line("M, 16 rows of mixed lengths: useful share of tokens", mixed, None, "useful_fraction", 0.9))
         many = ours("M 32 deltas", "many", "--size", "M", "--members", "32", "--batch", "2")
         lines.append(Line("M: 32 deltas in one step / one delta, as many tokens", many, None, "ratio", 1.3, most=True))
     return commands, lines
