@@ -81,7 +81,7 @@ def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
 def _merges(x_BTI: jax.Array, w_IO: jax.Array | Quantised) -> bool:
     """Whether to add the factors to the weight rather than their product to the result.
 
-    It is faster where tokens are many (seen from half a matrix's smaller side on), on a CPU, which moves less memory for
+    It is faster where tokens are many (from half the weight's smaller side on), on a CPU, which moves less memory for
     it. In low precision the sum would round the delta away.
     """
     if isinstance(w_IO, Quantised):
