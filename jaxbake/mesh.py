@@ -137,9 +137,9 @@ def widest_gather(devices: Sequence[Any]) -> int | None:
     """Over how many chips of a slice weights may be gathered; None where over all.
 
     From 64 chips on, joined in three directions (v5p), XLA makes sums of gathers over all of them: each chip fills a
-    whole weight with zeros but for its part, and the step of a 70B on v5p:4x4x4 takes 3.96e9 cycles at fsdp=64 where
-    it takes 1.39e9 at fsdp=32,tp=2 (64 rows of 512 tokens; waits not counted). Gathers over half of the chips stay what
-    they are, and so do all on v5e and v6e (libtpu 0.0.42).
+    whole weight with zeros but for its part, at more than twice the cycles of a step (`jaxbake plan` of a 70B on
+    v5p:4x4x4, `--mesh fsdp=64` beside `fsdp=32,tp=2`). Gathers over half of the chips stay what they are, and so do all
+    on v5e and v6e (libtpu 0.0.42).
     """
     coords = {tuple(getattr(device, "coords", ())) for device in devices}
     three = all(len(set(side)) > 1 for side in zip(*coords, strict=True)) and len(min(coords)) == 3

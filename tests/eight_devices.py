@@ -19,9 +19,9 @@ from jaxbake.bake.abstract import params_inputs, put_batch, state_inputs, step_i
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from jaxbake.data.batches import Batch, Shape, View
-from jaxbake.models.base import on_mesh
+from jaxbake.models.base import on_mesh, put_params
 from jaxbake.models.decoder import prefix_from
-from jaxbake.models.spec import ModelConfig, init_params, is_param, param_specs
+from jaxbake.models.spec import ModelConfig, init_params
 from jaxbake.objectives import fused_kl, fused_metrics
 from jaxbake.sampling import engine, filters
 
@@ -68,8 +68,7 @@ def params_of(config: ModelConfig):
 
 
 def on(mesh, params, config):
-    specs = param_specs(config)
-    return jax.tree.map(lambda p, x: meshes.put(x, p.axes, mesh), specs, params, is_leaf=is_param)
+    return put_params(params, config, mesh)
 
 
 def ten_steps(mesh, config=CONFIG, settings=None, steps=10):

@@ -25,8 +25,15 @@ HIDDEN_AXES = ("batch", "matched", None)
 
 
 def put_batch(batch: Batch, mesh: AnyMesh | None) -> Batch:
-    """A batch on the mesh, its rows over replica and fsdp; every process gives the whole and passes on its own rows."""
-    return jax.tree.map(lambda x, axes: put(x, axes, mesh), batch, BATCH_AXES)
+    """A batch, with a teacher's view or without, on the mesh, its rows over replica and fsdp; on the device where there
+    is none. Every process gives the whole and passes on its own rows."""
+    axes = BATCH_AXES if batch.teacher is not None else BATCH_AXES.replace(teacher=None)
+    return jax.tree.map(lambda x, axes: put(x, axes, mesh), batch, axes)
+
+
+def put_view(view: View, mesh: AnyMesh | None) -> View:
+    """A teacher's view, likewise."""
+    return jax.tree.map(lambda x, axes: put(x, axes, mesh), view, BATCH_AXES.teacher)
 
 
 class StepInputs(NamedTuple):

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from jaxbake import hosts
-from jaxbake.bake.abstract import BATCH_AXES
+from jaxbake.bake.abstract import put_view
 from jaxbake.bake.targets import Form, write_rows
 from jaxbake.bake.teacher import hidden_at
 from jaxbake.data.batches import View
 from jaxbake.data.chat import Example
 from jaxbake.data.prompted import TeacherRows, prompts_of
-from jaxbake.mesh import AnyMesh, parts, put
+from jaxbake.mesh import parts
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix, unembedding
 from jaxbake.models.spec import ModelConfig
@@ -105,8 +105,3 @@ def _in_form(params: Any, hidden: jax.Array, config: ModelConfig, form: Form) ->
     return top_k_of(
         hidden, unembedding(params), form.top_k, softcap=config.logit_softcap, temperature=form.temperature,
     )  # fmt: skip
-
-
-def put_view(view: View, mesh: AnyMesh | None) -> View:
-    """A teacher's view on the mesh, its rows over replica and fsdp."""
-    return jax.tree.map(lambda x, axes: put(x, axes, mesh), view, BATCH_AXES.teacher)

@@ -19,8 +19,6 @@ from jaxbake.files import AnyPath, is_remote, write_whole
 from jaxbake.objectives import TopK
 
 FILE, NOTE = "teacher.bin", "teacher.json"
-
-
 ROOMS = ("device", "host", "disk")
 
 
@@ -107,13 +105,8 @@ def open_table(shape: tuple[int, ...], dtype: np.dtype, folder: Path | None, key
     dtype = np.dtype(dtype)
     if folder is None:
         return Table(np.zeros(shape, dtype))
-    note = (
-        json.dumps(
-            {"key": key, "shape": list(shape), "dtype": dtype.name if dtype.names is None else str(dtype.descr)},
-            indent=2,
-        )
-        + "\n"
-    )
+    said = {"key": key, "shape": list(shape), "dtype": dtype.name if dtype.names is None else str(dtype.descr)}
+    note = json.dumps(said, indent=2) + "\n"
     path, beside = folder / FILE, folder / NOTE
     size = math.prod(shape) * dtype.itemsize
     if beside.is_file() and beside.read_text("utf-8") == note and path.is_file() and path.stat().st_size == size:

@@ -138,7 +138,7 @@ def train(
             while len(waiting) > keep:
                 number, metrics = waiting.popleft()
                 row = {"step": number, **{k: float(v) for k, v in metrics.items()}}
-                if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                if not is_finite(row):
                     log.flush()
                     diverged(number, row, state, best, checkpoints, config)
                 record(row | (more or {}) if number == n else row)
@@ -169,6 +169,11 @@ def train(
     if settings.patience:
         return Trained(state.delta.replace(factors=best.factors), best.step, log.rows, batches.useful_fraction())
     return Trained(state.delta, n, log.rows, batches.useful_fraction())
+
+
+def is_finite(row: dict[str, float]) -> bool:
+    """Whether a step's loss and gradient are."""
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
 def diverged(

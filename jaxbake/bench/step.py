@@ -20,8 +20,9 @@ from jaxbake.config import BakeConfig, LoraConfig, TrainConfig
 from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example
 from jaxbake.memory import trim_after_compiling
+from jaxbake.models.base import put_params
 from jaxbake.models.decoder import Prefix
-from jaxbake.models.spec import ModelConfig, is_param, param_specs
+from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling.generate import shared_prefix
 
 EPOCH = 4  # batches of different examples
@@ -62,8 +63,7 @@ def bench_step(
     )
     params, lies = random_params(config, dtype, seed), None
     if on is not None:
-        specs = param_specs(config)
-        params = jax.tree.map(lambda spec, x: meshes.put(x, spec.axes, on), specs, params, is_leaf=is_param)
+        params = put_params(params, config, on)
         lies = jax.tree.map(lambda x: x.sharding, state_inputs(config, settings, on))
     state = init_state(jax.random.key(seed), config, settings, lies)
     step = make_bake_step(config, settings)

@@ -276,14 +276,14 @@ def compare(
         commands, lines = comparing.against(ours or ["step", "--steps", str(steps)], rival)
     results = comparing.run(commands, rounds, threads, show.note)
     found = comparing.rows(results, lines)
-    if markdown is not None:
-        write_whole(markdown, comparing.page(found, commands, results))
     if as_json:
         show.print_json({"threads": threads, "rounds": rounds, "lines": found, "results": results})
-        return
-    from rich.table import Table
+    else:
+        from rich.table import Table
 
-    grid = Table("", "ours", "theirs", "ratio", "wanted", "")
-    for row in found:
-        grid.add_row(row["line"], *comparing.cells(row))
-    show.console().print(grid)
+        grid = Table("", "ours", "theirs", "ratio", "wanted", "")
+        for row in found:
+            grid.add_row(row["line"], *comparing.cells(row))
+        show.console().print(grid)
+    if markdown is not None:  # last, so that nothing measured is lost with a file that cannot be written
+        write_whole(markdown, comparing.page(found, commands, results))

@@ -122,9 +122,13 @@ def on_mesh(base: Base, mesh: str | jax.sharding.Mesh | None, rows: int | None =
                 "leave one of them out"
             )
         return base
-    specs = param_specs(base.config, base.quantize)
-    params = jax.tree.map(lambda p, x: meshes.put(x, p.axes, mesh), specs, base.params, is_leaf=is_param)
-    return replace(base, params=params, mesh=mesh)
+    return replace(base, params=put_params(base.params, base.config, mesh, base.quantize), mesh=mesh)
+
+
+def put_params(params: Any, config: ModelConfig, mesh: jax.sharding.Mesh, quantize: str | None = None) -> Any:
+    """Parameters that every process holds whole, on a mesh."""
+    specs = param_specs(config, quantize)
+    return jax.tree.map(lambda p, x: meshes.put(x, p.axes, mesh), specs, params, is_leaf=is_param)
 
 
 def logits(base: Base, tokens_BT: Any, delta: Any = None) -> jax.Array:

@@ -37,10 +37,8 @@ TILES = {
 }
 """Tokens and vocabulary rows of a tile by chip and dtype. Each tile of tokens reads the whole unembedding twice: there
 must be so many that the products take longer than that, on a v6e twice as many as on the others. More vocabulary rows
-make longer programs and not faster ones: at width 4096 a v5e's schedule of a 512 x 256 tile is 14.5 thousand
-instructions for the first sweep (of cross-entropy 7.3) and 8.3 to 9.2, by divergence, for the last, where the products
-alone take 16.4 (8.2) and 8.2 thousand cycles; 512 x 512 is twice that, as are its products. The sweep for means has
-less than one thousand, in the 1.9 thousand cycles in which two tiles of logits come from HBM."""
+make longer programs and not faster ones: as the compiler schedules them, the sweeps of a v5e are bound by the products
+either way, but that for means, which is bound by reading the logits."""
 TILES_ELSEWHERE = (128, 256)
 _VMEM = 72 * 2**20
 

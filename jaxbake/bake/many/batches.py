@@ -10,25 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake.bake import folder as layout
-from jaxbake.bake.abstract import BATCH_AXES, HIDDEN_AXES
+from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, put_view
 from jaxbake.bake.asking import Asker, teacher_hidden_of
 from jaxbake.bake.known import HELD_OUT, take_rows, teacher_key
 from jaxbake.bake.targets import ROOMS, Form, Table, content_key, open_table, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike
-from jaxbake.mesh import AnyMesh, parts, put
+from jaxbake.mesh import parts, put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
-
-_ROW_AXES, _VIEW_AXES = BATCH_AXES.replace(teacher=None), BATCH_AXES.teacher
-
-
-def place(batch: Batch, mesh: AnyMesh | None) -> Batch:
-    """A batch of `side_by_side` on the device, or on the mesh with its rows over replica and fsdp."""
-    return _put(batch, _ROW_AXES, mesh)
-
-
-def _put(tree: Any, axes: Any, mesh: AnyMesh | None) -> Any:
-    return jax.tree.map(lambda x, axes: put(x, axes, mesh), tree, axes)
 
 
 def padded(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
@@ -196,8 +185,9 @@ class Rows:
         if i in self._kept:
             return self._kept[i][source_BK]
         view = jax.tree.map(lambda x: padded(x, len(source_BK)), self._members[i].batch(n).teacher)
-        view = _put(view, _VIEW_AXES, self._base.mesh)
-        return teacher_hidden_of(self._base.params, view, self.voices.prefix(i), self._base.config)
+        return teacher_hidden_of(
+            self._base.params, put_view(view, self._base.mesh), self.voices.prefix(i), self._base.config
+        )
 
 
 class Evaluation:
@@ -225,7 +215,7 @@ class Evaluation:
                 batch = side_by_side([batch for batch, _ in parts])
                 rows = batch.weights.shape[0] // len(places)
                 pad = [jnp.pad(h, [(0, rows - h.shape[0]), (0, 0), (0, 0)]) for _, h in parts]
-                joined.append((place(batch, self._mesh), jnp.concatenate(pad)))
+                joined.append((put_batch(batch, self._mesh), jnp.concatenate(pad)))
             self._joined[tuple(places)] = joined
         return self._joined[tuple(places)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,8 +104,3 @@ class Seat:
                 diverged(number, row, state, self.best, checkpoints, self.member.config)
         except TrainingDiverged as error:
             self.error = error
-
-
-def is_finite(row: dict[str, float]) -> bool:
-    """Whether a step's loss and gradient are."""
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

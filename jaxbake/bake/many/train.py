@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbake import hosts
+from jaxbake.bake.abstract import put_batch
 from jaxbake.bake.checkpoint import Checkpoints
-from jaxbake.bake.many.batches import Evaluation, Rows, place
-from jaxbake.bake.many.seat import Member, Seat, check_alike, is_finite
+from jaxbake.bake.many.batches import Evaluation, Rows
+from jaxbake.bake.many.seat import Member, Seat, check_alike
 from jaxbake.bake.many.step import hyper, init_states, keep, make_many_eval, make_many_step, member_state, spread
 from jaxbake.bake.progress import Progress
 from jaxbake.bake.step import BakeState
-from jaxbake.bake.train import Trained
+from jaxbake.bake.train import Trained, is_finite
 from jaxbake.deltas.lora import Delta
 from jaxbake.deltas.many import cut
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.files import AnyPath
+from jaxbake.memory import trim_after_compiling
 from jaxbake.models.base import Base
 
 Ended = Callable[[int, Trained | TrainingDiverged], None]
@@ -43,6 +45,7 @@ def train_many(
     those in `told`. Members that have ended make room: once half of the places are idle, the others
     close up (which compiles the step anew). Raises Preempted as `train` does.
     """
+    trim_after_compiling()
     check_alike(members)
     with Checkpoints(folder) if folder else nullcontext() as checkpoints:
         _Loop(base, members, checkpoints, progress, ended, told).run()
@@ -131,7 +134,7 @@ class _Loop:
         """A step; returns the members that took part."""
         was = self._active()
         hidden = self.rows.teacher(self.n, self.places, self.batch)
-        batch = place(self.batch, self.base.mesh)
+        batch = put_batch(self.batch, self.base.mesh)
         self.state, metrics = self.step(self.state, self.hypers, np.array(was), self.base.params, batch, hidden)
         self.n += 1
         self.waiting.append((self.n, metrics, was))
