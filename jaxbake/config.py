@@ -122,7 +122,7 @@ class LossConfig:
     beta: float = 0.5
     temperature: float = 1.0
     chunk_size: int | None = None
-    implementation: Literal["auto", "xla", "pallas", "pallas_recompute"] = "auto"
+    implementation: Literal["auto", "xla", "tiled", "pallas", "pallas_recompute"] = "auto"
 
     def __post_init__(self):
         _require(self.temperature > 0, f"loss.temperature: {self.temperature} must be above 0")
@@ -158,7 +158,7 @@ class TrainConfig:
     teacher_device_gb, teacher_host_gb, teacher_disk_gb: where examples are visited again, what the teacher says of them
       is computed once and kept on the device, in memory or in a file of the output folder, the first of these that may
       take as much (in GiB); where none may, the teacher is asked at every visit, of several prompts as many steps ahead
-      as teacher_host_gb holds. It does not change the bake.
+      as teacher_host_gb holds. It does not change the bake beyond rounding.
     """
 
     steps: int = 200

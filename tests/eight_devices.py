@@ -22,7 +22,7 @@ from jaxbake.data.batches import Batch, Shape, View
 from jaxbake.models.base import on_mesh, put_params
 from jaxbake.models.decoder import prefix_from
 from jaxbake.models.spec import ModelConfig, init_params
-from jaxbake.objectives import fused_kl, fused_metrics
+from jaxbake.objectives import fused_kl, fused_metrics, moments_of
 from jaxbake.sampling import engine, filters
 
 MESHES = ["fsdp=8", "fsdp=4,tp=2", "fsdp=2,tp=4", "tp=8", "replica=2,fsdp=2,tp=2"]
@@ -195,7 +195,18 @@ def test_fused_projections_recomputation_and_rows_split_by_tokens():
 
 @pytest.mark.parametrize(
     "divergence",
-    ["forward", "forward pallas", "reverse", "jsd", "jsd pallas", "cross_entropy", "cross_entropy pallas"],
+    [
+        "forward",
+        "forward pallas",
+        "forward tiled",
+        "reverse",
+        "jsd",
+        "jsd pallas",
+        "jsd tiled",
+        "cross_entropy",
+        "cross_entropy pallas",
+        "cross_entropy tiled",
+    ],
 )
 def test_the_objective_over_parts_of_the_vocabulary(divergence):
     """27 tokens and 106 words, none of which divide; a teacher of another width, both soft-capped."""
@@ -220,6 +231,26 @@ def test_the_objective_over_parts_of_the_vocabulary(divergence):
         value_, grads_ = step(student, placed, teacher, weights)
         assert float(value_) == pytest.approx(float(value), rel=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads_, grads)
+
+
+def test_moments_over_parts_of_the_vocabulary():
+    keys = jax.random.split(jax.random.key(1), 4)
+    student, teacher = (jax.random.normal(key, (27, 16)) for key in keys[:2])
+    head, weights = jax.random.normal(keys[2], (106, 16)), jax.random.uniform(keys[3], (27,)).at[3].set(0)
+
+    def loss(student, head, known, weights):
+        return fused_kl(student, head, known, None, weights, temperature=1.3, chunk_size=2)[0]
+
+    make, step = jax.jit(partial(moments_of, temperature=1.3)), jax.jit(jax.value_and_grad(loss, argnums=(0, 3)))
+    known = make(teacher, head)
+    value, grads = step(student, head, known, weights)
+    for text in ("fsdp=4,tp=2", "replica=2,fsdp=2,context=2"):
+        placed = meshes.put(head, ("vocab", "embed"), meshes.make_mesh(text))
+        known_ = make(teacher, placed)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), known_, known)
+        value_, grads_ = step(student, placed, known_, weights)
+        assert float(value_) == pytest.approx(float(value), rel=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads_, grads)
 
 
 def test_metrics_over_parts_of_the_vocabulary():

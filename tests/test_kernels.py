@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from jaxbake.errors import JaxbakeError
-from jaxbake.objectives import DIVERGENCES, fused_kl, kernel_gpu, reference_kl
+from jaxbake.objectives import DIVERGENCES, fused_kl, kernel_cpu, kernel_gpu, reference_kl, tiles
 from jaxbake.objectives import kernel as kernel_tpu
 from jaxbake.objectives.inputs import prepare
 
-KERNELS = ("pallas", "pallas_recompute", "gpu")
+KERNELS = ("pallas", "pallas_recompute", "gpu", "tiled")
 BETWEEN = ("forward", "reverse", "jsd")
 TOKENS, VOCAB, WIDTH = 40, 421, 32
 TARGETS = np.random.default_rng(7).integers(0, VOCAB, TOKENS)
@@ -48,6 +48,8 @@ def kernel(student, unembed, teacher, teacher_unembed=None, *, which="pallas", d
 def by_kernel(how, tokens, heads, which):
     if which == "gpu":
         return kernel_gpu.loss_and_grad(how, tokens, heads, interpret=True)
+    if which == "tiled":
+        return kernel_cpu.loss_and_grad(how, tokens, heads)
     recompute = which == "pallas_recompute"
     return kernel_tpu.loss_and_grad(how, tokens, heads, recompute=recompute, tiles=(16, 128), interpret=True)
 
@@ -64,7 +66,8 @@ def truth(student, unembed, teacher, teacher_unembed=None, divergence="forward",
 
 
 @pytest.fixture(autouse=True)
-def _small_gpu_tiles(monkeypatch):
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "ROWS", 64)  # no divisor of the vocabulary: the last two overlap
     for name, size in {"TOKENS": 16, "VOCAB": 128, "WIDTH": 16}.items():
         monkeypatch.setattr(kernel_gpu, name, size)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_base as tiny
 
+from jaxbake.bake import targets
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import Runs, read_metrics
 from jaxbake.bake.many.batches import Rows
@@ -88,6 +89,17 @@ def test_each_comes_out_as_it_does_alone(together, alone, name):
     assert got.card.metrics["steps"] == want.card.metrics["steps"]
 
 
+def test_a_teachers_top_k_is_learned_as_alone():
+    config = replace(tiny.with_train(steps=6), teacher=TeacherConfig(top_k=9))
+    specs = [replace(SPECS[0], config=config), replace(SPECS[3], config=replace(config, seed=5))]
+    got, error = run(specs=specs)
+    assert error is None
+    for spec in specs:
+        want = tiny.tiny_bake(None, spec.config, prompt=spec.prompt)
+        for a, b in zip(jax.tree.leaves(got[spec.name].delta), jax.tree.leaves(want.delta), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+
+
 def test_each_has_a_folder_as_a_single_bake(together):
     results, _, folder = together
     for name in ("sailor", "cook", "patient"):
@@ -150,7 +162,8 @@ def test_what_is_finished_is_returned_and_leaves_no_states(together, tmp_path):
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, loss=LossConfig("reverse")))], "cook: .*same loss"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, mesh="fsdp=1"))], "cook: mesh is fsdp=1, that of 'sailor'"),
         ([SPECS[0], replace(SPECS[1], prompt=" ")], "cook: prompt"),
-        ([replace(SPECS[0], config=replace(COOK, teacher=TeacherConfig(top_k=9)))], "sailor: teacher: .*bake it alone"),
+        ([replace(SPECS[0], config=replace(COOK, teacher=TeacherConfig("big")))], "sailor: teacher.model: .*it alone"),
+        ([SPECS[0], replace(SPECS[1], config=replace(COOK, teacher=TeacherConfig(top_k=9)))], "cook: .*same teacher"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, lora=LoraConfig(rank=99)))], "cook: lora.rank: 99"),
     ],
 )
@@ -165,8 +178,8 @@ def test_what_cannot_be_baked_is_named_before_any_work(specs, named, tmp_path):
 
 def random_deltas(config: ModelConfig) -> list[Delta]:
     found = []
-    for i, (rank, targets) in enumerate([(4, "all"), (2, ("q_proj", "down_proj")), (3, ("v_proj",))]):
-        delta = init_delta(jax.random.key(i), config, LoraConfig(rank=rank, alpha=2.0 + i, targets=targets))
+    for i, (rank, slots) in enumerate([(4, "all"), (2, ("q_proj", "down_proj")), (3, ("v_proj",))]):
+        delta = init_delta(jax.random.key(i), config, LoraConfig(rank=rank, alpha=2.0 + i, targets=slots))
         random = np.random.default_rng(i)
         factors = [jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32) for x in jax.tree.leaves(delta.factors)]
         found.append(delta.replace(factors=jax.tree.unflatten(jax.tree.structure(delta.factors), factors)))
@@ -251,8 +264,14 @@ def test_the_step_reads_the_base_once_for_all_rows():
     assert f"{n}x{length}" in products and not [p for p in products if p in (f"{rows}x{length}", f"{rows * length}")]
 
 
-def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path):
+@pytest.mark.parametrize(
+    "teacher, moments_from, size",
+    [(TeacherConfig(), 4096, 4 * 24), (TeacherConfig(), 1, 4 * 25), (TeacherConfig(top_k=5), 1, 4 * 11)],
+    ids=["hidden states", "moments", "top k"],
+)
+def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path, monkeypatch, teacher, moments_from, size):
     """On the device, in memory, in the members' files, at every step anew, and each member elsewhere: all the same."""
+    monkeypatch.setattr(targets, "MOMENTS_FROM", moments_from)
     random, base = np.random.default_rng(0), tiny.tiny_base()
 
     def tokens(n):
@@ -266,7 +285,7 @@ def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path):
         ]
 
     given = [examples() for _ in range(3)]
-    sizes = [sum(int(e.mask.sum()) for e in one) * base.config.hidden_size * 4 for one in given]
+    sizes = [sum(int(e.mask.sum()) for e in one) * size for one in given]
     files = [tmp_path / str(i) / "teacher" / "teacher.bin" for i in range(3)]
 
     def said(device: int, host: int, disk: int) -> list[np.ndarray]:
@@ -274,6 +293,7 @@ def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path):
         room = dict(zip(("teacher_device_gb", "teacher_host_gb", "teacher_disk_gb"), (device, host, disk), strict=True))
         train = {name: size / 2**30 for name, size in room.items()}
         configs = [tiny.with_train(config, **train) for config in (tiny.CONFIG, replace(COOK, seed=1), tiny.CONFIG)]
+        configs = [replace(config, teacher=teacher) for config in configs]
         members = [
             Member(str(i), config, one, one[:2], tmp_path / str(i), Runs(None, {}))
             for i, (config, one) in enumerate(zip(configs, given, strict=True))
@@ -281,8 +301,8 @@ def test_what_teachers_say_is_kept_where_the_budgets_have_room(tmp_path):
         rows, found = Rows(base, members, 1), []
         for n, places in ((0, [0, 1, 2]), (3, [2, 0])):
             batch = rows.batch(n, places)
-            found.append(np.asarray(rows.teacher(n, places, batch))[batch.weights > 0])
-        return found + [np.array(rows.voices.held_out(i)) for i in range(3)]
+            found += [np.asarray(x)[batch.weights > 0] for x in jax.tree.leaves(rows.teacher(n, places, batch))]
+        return found + [np.array(rows.held_out(i)) for i in range(3)]
 
     whole = sum(sizes)
     expected = said(whole, 0, 0)

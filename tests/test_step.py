@@ -278,7 +278,7 @@ def test_known_teacher_states_give_the_same_step(params, prefix):
     batch = make_batch(5)
     hidden = hidden_at(params, None, batch.teacher, config=CONFIG, prefix=prefix)
     _, online = run(params, prefix, bake_config(), batch)
-    _, known = run(params, None, bake_config(accumulate=2), batch, teacher_hidden=hidden)
+    _, known = run(params, None, bake_config(accumulate=2), batch, known=hidden)
     assert known["loss"] == pytest.approx(online["loss"], rel=1e-4)
     assert known["grad_norm"] == pytest.approx(online["grad_norm"], rel=1e-3)
 

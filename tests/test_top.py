@@ -31,7 +31,7 @@ def make_inputs(logit_std=3.0, seed=0, near=None):
 
 def value_and_grad(objective, **options):
     def loss(student, unembed, top, weights):
-        return objective(student, unembed, None, None, weights, teacher_top=top, **options)[0]
+        return objective(student, unembed, top, None, weights, **options)[0]
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -79,8 +79,8 @@ def test_the_top_k_are_the_most_likely_and_the_tail_is_the_rest():
 def _bounds(student, unembed, teacher, weights, divergence):
     """The full divergence, and that over the outcomes for rising k."""
     tops = [top_k_of(teacher, unembed, k) for k in (1, 4, 32, VOCAB - 1, VOCAB)]
-    coarse = [reference_kl(student, unembed, None, None, weights, teacher_top=t, divergence=divergence) for t in tops]
-    fused = fused_kl(student, unembed, None, None, weights, teacher_top=tops[-1], divergence=divergence)
+    coarse = [reference_kl(student, unembed, t, None, weights, divergence=divergence) for t in tops]
+    fused = fused_kl(student, unembed, tops[-1], None, weights, divergence=divergence)
     full = reference_kl(student, unembed, teacher, None, weights, divergence=divergence)
     return full[0], [value for value, _ in coarse], fused[0]
 
@@ -123,13 +123,13 @@ def test_a_small_divergence_keeps_its_digits():
 def test_metrics_are_those_over_the_outcomes():
     student, unembed, teacher, weights = make_inputs()
     full = fused_metrics(student, unembed, teacher, None, weights)
-    whole = fused_metrics(student, unembed, None, None, weights, teacher_top=top_k_of(teacher, unembed, VOCAB))
+    whole = fused_metrics(student, unembed, top_k_of(teacher, unembed, VOCAB), None, weights)
     for name, value in full.items():
         np.testing.assert_allclose(whole[name], value, rtol=1e-5)
     top = top_k_of(teacher, unembed, 8)
-    few = fused_metrics(student, unembed, None, None, weights, teacher_top=top)
+    few = fused_metrics(student, unembed, top, None, weights)
     assert few["agreement"] == full["agreement"] and few["kl"] < full["kl"]
-    np.testing.assert_allclose(few["kl"], reference_kl(student, unembed, None, None, weights, teacher_top=top)[0], 1e-5)
+    np.testing.assert_allclose(few["kl"], reference_kl(student, unembed, top, None, weights)[0], 1e-5)
 
 
 def test_padding_counts_for_nothing_whatever_it_holds():
@@ -162,19 +162,19 @@ def test_no_logits_of_all_tokens_exist():
     [
         ({"ids": np.zeros((TOKENS, 3), np.float32)}, "must be whole numbers"),
         ({"log_probs": np.zeros((TOKENS, 2), np.float32)}, r"log_probs \(60, 2\)"),
-        ({"log_tail": np.zeros(7, np.float32)}, "teacher_top.log_tail is given for tokens"),
-        ({"log_tail": np.zeros(TOKENS, np.int32)}, "teacher_top.log_tail is int32"),
+        ({"log_tail": np.zeros(7, np.float32)}, "teacher.log_tail is given for tokens"),
+        ({"log_tail": np.zeros(TOKENS, np.int32)}, "teacher.log_tail is int32"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, said):
     student, unembed, teacher, weights = make_inputs()
     top = top_k_of(teacher, unembed, 3)
     with pytest.raises(JaxbakeError, match=said):
-        fused_kl(student, unembed, None, None, weights, teacher_top=top._replace(**changes))
+        fused_kl(student, unembed, top._replace(**changes), None, weights)
     with pytest.raises(JaxbakeError, match="give one"):
-        fused_kl(student, unembed, teacher, None, weights, teacher_top=top)
+        fused_kl(student, unembed, top, unembed, weights)
     with pytest.raises(JaxbakeError, match="of a teacher's top k"):
-        fused_kl(student, unembed, None, None, weights, teacher_top=top, implementation="pallas")
+        fused_kl(student, unembed, top, None, weights, implementation="pallas")
     with pytest.raises(JaxbakeError, match="top_k: 204 of a vocabulary of 203"):
         top_k_of(teacher, unembed, 204)
 
@@ -192,8 +192,8 @@ place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
 for vocab in (96, 90):  # 90 does not divide: some parts are filled up
     unembed = jax.random.normal(keys[1], (vocab, 16))
     tops = jax.jit(lambda t, u: top_k_of(t, u, 20, chunk_size=8))
-    step = jax.jit(jax.value_and_grad(lambda s, u, t: fused_kl(s, u, None, None, jnp.ones((8, 6)), teacher_top=t)[0]))
-    measure = jax.jit(lambda s, u, t: fused_metrics(s, u, None, None, jnp.ones((8, 6)), teacher_top=t))
+    step = jax.jit(jax.value_and_grad(lambda s, u, t: fused_kl(s, u, t, None, jnp.ones((8, 6)))[0]))
+    measure = jax.jit(lambda s, u, t: fused_metrics(s, u, t, None, jnp.ones((8, 6))))
     there = place(unembed, "tp", "fsdp")
     top, top_ = tops(teacher, unembed), tops(place(teacher, "fsdp"), there)
     # Logs of probabilities: what counts is the absolute error, and one near 0 has few digits of its own.

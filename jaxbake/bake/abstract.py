@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbake.bake.step import BakeState, init_state, state_axes
+from jaxbake.bake.targets import columns, kept_form
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Shape, View
 from jaxbake.mesh import AnyMesh, check, put, sharding
@@ -37,13 +39,14 @@ def put_view(view: View, mesh: AnyMesh | None) -> View:
 
 
 class StepInputs(NamedTuple):
-    """The arguments of a bake step, `jax.ShapeDtypeStruct`s all; prefix None where there is no prompt."""
+    """The arguments of a bake step, `jax.ShapeDtypeStruct`s all; prefix None where there is no prompt. known: what is
+    kept of the teacher where it is asked once."""
 
     state: BakeState
     params: Any
     batch: Batch
     prefix: Prefix | None
-    teacher_hidden: jax.ShapeDtypeStruct
+    known: Any
 
 
 def _struct(shape, dtype, axes, mesh: AnyMesh | None) -> jax.ShapeDtypeStruct:
@@ -87,6 +90,14 @@ def batch_inputs(shape: Shape, mesh: AnyMesh | None) -> Batch:
     return jax.tree.map(lambda x, axes: _struct(x.shape, x.dtype, axes, mesh), plain, BATCH_AXES)
 
 
+def known_inputs(config: ModelConfig, bake_config: BakeConfig, shape: Shape, mesh: AnyMesh | None, dtype) -> Any:
+    """What is kept of the teacher at a batch's matched tokens."""
+    form = kept_form(bake_config, config, dtype)
+    said = columns(np.empty(*form.layout(1, config.hidden_size, dtype)))
+    rows = (shape.rows, shape.matched)
+    return jax.tree.map(lambda x: _struct(rows + x.shape[1:], x.dtype, HIDDEN_AXES[: x.ndim + 1], mesh), said)
+
+
 def step_inputs(
     config: ModelConfig,
     bake_config: BakeConfig,
@@ -110,5 +121,5 @@ def step_inputs(
         params=params_inputs(config, mesh, dtype, quantize),
         batch=batch_inputs(shape, mesh),
         prefix=prefix_inputs(config, prefix_length, mesh, dtype),
-        teacher_hidden=_struct((shape.rows, shape.matched, config.hidden_size), dtype, HIDDEN_AXES, mesh),
+        known=known_inputs(config, bake_config, shape, mesh, dtype),
     )

@@ -21,7 +21,7 @@ from jaxbake.mesh import parts
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix, unembedding
 from jaxbake.models.spec import ModelConfig
-from jaxbake.objectives import top_k_of
+from jaxbake.objectives import moments_of, top_k_of
 from jaxbake.sampling import shared_prefix as prefix_of
 
 
@@ -94,12 +94,15 @@ def fill(asker: Asker, which: np.ndarray, parts: Sequence[Part]) -> None:
             at = np.where(source >= 0, part.place[np.maximum(source, 0)], -1)
             if (at >= 0).any():
                 if part.form not in said:
-                    said[part.form] = hosts.fetch(_in_form(base.params, hidden, base.config, part.form))
+                    said[part.form] = hosts.fetch(in_form(base.params, hidden, base.config, part.form))
                 write_rows(part.rows, at[at >= 0], jax.tree.map(lambda x, at=at: x[at >= 0], said[part.form]))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _in_form(params: Any, hidden: jax.Array, config: ModelConfig, form: Form) -> Any:
+def in_form(params: Any, hidden: jax.Array, config: ModelConfig, form: Form) -> Any:
+    """What is kept of hidden states [..., D]: they themselves, `Moments` or a `TopK`."""
+    if form.moments:
+        return moments_of(hidden, unembedding(params), temperature=form.temperature)
     if form.top_k is None:
         return hidden
     return top_k_of(

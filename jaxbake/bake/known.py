@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import HIDDEN_AXES
 from jaxbake.bake.asking import Asker, Part, fill
 from jaxbake.bake.other import Other
-from jaxbake.bake.targets import Form, Table, columns, content_key, open_table, where_to_keep
+from jaxbake.bake.targets import Form, Table, columns, content_key, kept_form, open_table, where_to_keep
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Batches
 from jaxbake.data.chat import Example
@@ -23,18 +24,17 @@ from jaxbake.files import AnyPath
 from jaxbake.mesh import put
 from jaxbake.models.base import Base
 from jaxbake.models.decoder import Prefix
-from jaxbake.objectives import TopK
 
 Told = dict[str, Any]
-"""What a step is told of the teacher, as keyword arguments: `teacher_hidden`, `teacher_top`, or the `prefix` behind
-which to ask it."""
+"""What a step is told of the teacher, as keyword arguments: what is `known` of it (`objectives.SoftTargets`), or the
+`prefix` behind which to ask it."""
 
 HELD_OUT = "held_out"
 
 
 @jax.jit
 def take_rows(table: Any, source: jax.Array) -> Any:
-    """The rows of hidden states or of a `TopK`."""
+    """The rows of hidden states, of `Moments` or of a `TopK`."""
     return jax.tree.map(lambda x: jnp.take(x, source, axis=0, mode="clip"), table)  # padding (-1) weighs nothing
 
 
@@ -51,7 +51,7 @@ class Known:
             said = take_rows(self._rows, source)
         else:
             said = jax.tree.map(self._put, columns(self._rows[np.maximum(source, 0)]))
-        return {"teacher_top" if isinstance(said, TopK) else "teacher_hidden": said}
+        return {"known": said}
 
     def _put(self, x: np.ndarray) -> jax.Array:
         return put(x, HIDDEN_AXES[: x.ndim], self._mesh) if self._mesh else jnp.asarray(x)
@@ -156,7 +156,8 @@ def teach(
     """
     base, other, settings = teachers.base, teachers.other, config.train
     k = config.teacher.tokens_kept(other is not None)
-    form, held_form = Form() if k is None else Form(k, config.loss.temperature), Form(k) if other else Form()
+    form = kept_form(config, base.config, base.params["norm"].dtype, other is not None)
+    held_form = Form(top_k=k) if other else Form()
     train, held = np.split(np.arange(len(teachers.examples)), [len(batches.examples)])
     local = folder if jax.process_count() == 1 else None
     again = settings.steps * settings.batch_size > len(train)
@@ -166,28 +167,23 @@ def teach(
     on_disk = replace(settings, teacher_device_gb=0, teacher_host_gb=0)
     filed = room == "disk" or (room and other and where_to_keep(size, on_disk, local))
 
-    held_table = _table(teachers, held, held_form, local / layout.TEACHER / HELD_OUT if filed else None)
-    tables = [(held_table, held, held_form)]
+    kept = [(held, held_form, local / layout.TEACHER / HELD_OUT if filed else None)]
     if room:
-        table = _table(teachers, train, form, local / layout.TEACHER if filed else None)
-        tables.append((table, train, form))
-    parts = [teachers.part(table.rows, form, which) for table, which, form in tables if not table.complete]
-    if parts:  # all are asked about, in the rows that are always the same: so a resumed bake is bitwise the same
-        teachers.fill(np.sort(np.concatenate([which for _, which, _ in tables])), parts)
-    for table, _, _ in tables:
-        table.finish()
+        kept.append((train, form, local / layout.TEACHER if filed else None))
+    held_table, *tables = keep_all(teachers, kept)
     held_known = Known(base, held_table.rows)
     if room or not asked:
         teachers.let_go()
     if not asked:
         return lambda n, batch: {}, held_known
     if room:
-        rows = np.array(table.rows) if filed and room == "host" else table.rows
+        rows = np.array(tables[0].rows) if filed and room == "host" else tables[0].rows
         known = Known(base, rows, on_device=room == "device" and base.mesh is None)
         return lambda n, batch: known(batch.source), held_known
     if other is None and k is None and len(teachers.prompts) == 1:
         prefix = teachers.prefix()
         return lambda n, batch: {"prefix": prefix}, held_known
+    form = Form() if k is None else form  # visited once
     in_memory = settings.teacher_host_gb * 2**30 * len(train) / (size * settings.batch_size)
     return _Windows(teachers, batches, form, settings.steps, max(1, int(min(in_memory, settings.steps)))), held_known
 
@@ -197,7 +193,23 @@ def teacher_key(base: Base, other: Other | None, form: Form) -> str:
     return f"{base.digest} {other and other.digest} {form}"
 
 
-def _table(teachers: Teachers, which: np.ndarray, form: Form, folder: Any) -> Table:
+def keep_all(teachers: Teachers, kept: Sequence[tuple[np.ndarray, Form, Path | None]]) -> list[Table]:
+    """What the teachers say of examples, in a form: a table of each kind, in memory or in a folder's file.
+
+    If any of them is not there yet, all are asked about, in the rows that are always the same: so a resumed bake is
+    bitwise the same.
+    """
+    tables = [_table(teachers, *one) for one in kept]
+    found = zip(tables, kept, strict=True)
+    parts = [teachers.part(table.rows, form, which) for table, (which, form, _) in found if not table.complete]
+    if parts:
+        teachers.fill(np.sort(np.concatenate([which for which, _, _ in kept])), parts)
+    for table in tables:
+        table.finish()
+    return tables
+
+
+def _table(teachers: Teachers, which: np.ndarray, form: Form, folder: Path | None) -> Table:
     shape, dtype = teachers.layout(which, form)
     key = ""
     if folder is not None:

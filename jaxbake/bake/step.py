@@ -19,7 +19,7 @@ from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.mesh import constrain, mesh_of
 from jaxbake.models.decoder import Prefix, unembedding
 from jaxbake.models.spec import ModelConfig, factor_axes
-from jaxbake.objectives import TopK, fused_kl, fused_metrics
+from jaxbake.objectives import SoftTargets, fused_kl, fused_metrics
 
 
 @flax.struct.dataclass
@@ -98,17 +98,13 @@ def state_axes(state: BakeState, config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(axes, state)
 
 
-def divergence_sum(
-    student_BKD, params, targets: Targets | None, batch: Batch, config: ModelConfig, loss, top: TopK | None = None
-):
-    """(sum, count) over the matched tokens; cross-entropy has no teacher."""
-    if targets is None:
-        targets = Targets(None, None, None)
+def divergence_sum(student_BKD, params, targets: Targets, batch: Batch, config: ModelConfig, loss):
+    """(sum, count) over the matched tokens."""
     return fused_kl(
-        student_BKD, unembedding(params), targets.hidden, targets.unembed, batch.weights, targets_N=batch.targets,
+        student_BKD, unembedding(params), targets.known, targets.unembed, batch.weights, targets_N=batch.targets,
         divergence=loss.divergence, temperature=loss.temperature, softcap=config.logit_softcap,
         teacher_softcap=targets.softcap, beta=loss.beta, chunk_size=loss.chunk_size,
-        implementation=loss.implementation, teacher_top=top,
+        implementation=loss.implementation,
     )  # fmt: skip
 
 
@@ -132,7 +128,7 @@ def make_bake_step(
     optimizer: optax.GradientTransformation | None = None,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[BakeState, dict[str, jax.Array]]]:
-    """The step `(state, params, batch, prefix=None, teacher_hidden=None, teacher_top=None) -> (state, metrics)`.
+    """The step `(state, params, batch, prefix=None, known=None) -> (state, metrics)`.
 
     It is jitted, the state donated.
 
@@ -140,8 +136,8 @@ def make_bake_step(
       params: the base, a traced argument; never differentiated, never copied.
       batch: a `data.batches.Batch` of B rows, split into `optimizer.accumulate` micro-batches along B.
       prefix: keys and values of the prompt for the teacher's view.
-      teacher_hidden: the teacher's hidden states [B, K, D] where they are already known; no teacher pass then.
-      teacher_top: or what is known of its distributions, a `TopK` of [B, K, k] and [B, K].
+      known: of the teacher, where it was asked before: its hidden states [B, K, D], or what was made of them
+        (`objectives.SoftTargets`). There is no teacher pass then.
 
     The gradient is the sum over all matched tokens of all micro-batches divided by their total weight, so it does not
     depend on how they are split. Metrics (float32 scalars): loss (mean divergence per token), grad_norm (before
@@ -153,39 +149,35 @@ def make_bake_step(
     accumulate = bake_config.optimizer.accumulate
     teacher = teacher or prompted_self(model_config)
 
-    def targets_of(params, batch, prefix, hidden) -> Targets | None:
-        if loss_config.divergence == "cross_entropy":
-            return None
-        if hidden is None:
-            targets = teacher(params, batch, prefix)
-            return targets._replace(hidden=jax.lax.stop_gradient(targets.hidden))
-        return Targets(hidden, None, model_config.logit_softcap)
+    def targets_of(params, batch, prefix, known) -> Targets:
+        if known is not None or loss_config.divergence == "cross_entropy":  # which has no teacher
+            return Targets(known, None, model_config.logit_softcap)
+        targets = teacher(params, batch, prefix)
+        return targets._replace(known=jax.lax.stop_gradient(targets.known))
 
-    def loss_sum(factors, delta, params, batch, prefix, hidden, top):
+    def loss_sum(factors, delta, params, batch, prefix, known):
         delta = delta.replace(factors=factors, scale=jax.lax.stop_gradient(delta.scale))
-        targets = targets_of(params, batch, prefix, hidden) if top is None else None
+        targets = targets_of(params, batch, prefix, known)
         student = hidden_at(params, delta, batch.student, config=model_config, remat=train.remat)
-        return divergence_sum(student, params, targets, batch, model_config, loss_config, top)
+        return divergence_sum(student, params, targets, batch, model_config, loss_config)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def accumulated(delta, params, batch, prefix, *known):
+    def accumulated(delta, params, batch, prefix, known):
         if accumulate == 1:
-            return gradient(delta.factors, delta, params, batch, prefix, *known)
+            return gradient(delta.factors, delta, params, batch, prefix, known)
 
         def add(total, part):
             micro, known = part
-            one = gradient(delta.factors, delta, params, micro, prefix, *known)
+            one = gradient(delta.factors, delta, params, micro, prefix, known)
             return jax.tree.map(jnp.add, total, one), None
 
         zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, delta.factors)
         return jax.lax.scan(add, zero, _split((batch, known), accumulate))[0]
 
-    def step(
-        state: BakeState, params, batch: Batch, prefix: Prefix | None = None, teacher_hidden=None, teacher_top=None
-    ):
+    def step(state: BakeState, params, batch: Batch, prefix: Prefix | None = None, known: SoftTargets | None = None):
         delta = state.delta
-        (total, count), grads = accumulated(delta, params, batch, prefix, teacher_hidden, teacher_top)
+        (total, count), grads = accumulated(delta, params, batch, prefix, known)
         count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, grad_norm = total / count, optax.tree.norm(grads)
@@ -216,26 +208,22 @@ def make_bake_step(
 def make_eval_step(
     model_config: ModelConfig, bake_config: BakeConfig, teacher: Teacher | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """`evaluate(delta, params, batch, prefix=None, teacher_hidden=None, teacher_top=None) -> (sum, count, agreement)`.
+    """`evaluate(delta, params, batch, prefix=None, known=None) -> (sum, count, agreement)`.
 
-    It is jitted. sum and count: of the forward KL in nats at temperature 1, whatever the training loss is; its mean is
-    sum / count. With a `teacher_top`, of that over its outcomes.
+    It is jitted. known: as a step's, but moments. sum and count: of the forward KL in nats at temperature 1, whatever
+    the training loss is; its mean is sum / count. Where a `TopK` is known, of that over its outcomes.
     agreement: total weight of the tokens where student and teacher have the same most likely token.
     """
     teacher = teacher or prompted_self(model_config)
 
-    def evaluate(delta, params, batch: Batch, prefix: Prefix | None = None, teacher_hidden=None, teacher_top=None):
-        if teacher_top is not None:
-            targets = Targets(None, None, None)
-        elif teacher_hidden is None:
-            targets = teacher(params, batch, prefix)
-        else:
-            targets = Targets(teacher_hidden, None, model_config.logit_softcap)
+    def evaluate(delta, params, batch: Batch, prefix: Prefix | None = None, known: SoftTargets | None = None):
+        targets = Targets(known, None, model_config.logit_softcap)
+        targets = teacher(params, batch, prefix) if known is None else targets
         student = hidden_at(params, delta, batch.student, config=model_config)
         sums = fused_metrics(
-            student, unembedding(params), targets.hidden, targets.unembed, batch.weights,
+            student, unembedding(params), targets.known, targets.unembed, batch.weights,
             softcap=model_config.logit_softcap, teacher_softcap=targets.softcap,
-            chunk_size=bake_config.loss.chunk_size, teacher_top=teacher_top,
+            chunk_size=bake_config.loss.chunk_size,
         )  # fmt: skip
         return sums["kl"], sums["count"], sums["agreement"]
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxbake.config import TrainConfig
+from jaxbake.config import BakeConfig, TrainConfig
 from jaxbake.data.chat import Example
 from jaxbake.files import AnyPath, is_remote, write_whole
-from jaxbake.objectives import TopK
+from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import Moments, TopK
 
 FILE, NOTE = "teacher.bin", "teacher.json"
 ROOMS = ("device", "host", "disk")
@@ -24,32 +25,54 @@ ROOMS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class Form:
-    """What is kept of a teacher at a token: its final hidden state, or its `top_k` most likely tokens and the others'
-    mass (`objectives.TopK`), at a temperature."""
+    """What is kept of a teacher at a token: its final hidden state, or, at a temperature, the `objectives.Moments` of
+    its distribution or its `top_k` most likely tokens and the others' mass (`objectives.TopK`)."""
 
     top_k: int | None = None
+    moments: bool = False
     temperature: float = 1.0
 
     def layout(self, tokens: int, width: int, dtype: Any) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and dtype of a table of so many tokens: [tokens, D] of `dtype`, or [tokens] of records in float32,
         whatever the model's own dtype is."""
+        if self.moments:
+            return (tokens,), np.dtype([("mean", np.float32, (width,)), ("entropy", np.float32)])
         if self.top_k is None:
             return (tokens, width), np.dtype(dtype)
         k = (self.top_k,)
         return (tokens,), np.dtype([("ids", np.int32, k), ("log_probs", np.float32, k), ("log_tail", np.float32)])
 
 
+_MADE = {kind._fields: kind for kind in (TopK, Moments)}
+
+
+MOMENTS_FROM = 4096
+"""Tokens of a vocabulary. With fewer, the product that moments spare is little beside the layers', and a gradient from
+hidden states has a few more digits."""
+
+
+def kept_form(config: BakeConfig, model: ModelConfig, dtype: Any, other: bool = False) -> Form:
+    """What is kept of a teacher whose tokens are visited again: its moments where they say all that the loss asks, with
+    fewer products at every visit; else what the settings say. other: another model than the student's."""
+    k = config.teacher.tokens_kept(other)
+    if k is not None:
+        return Form(top_k=k, temperature=config.loss.temperature)
+    enough = config.loss.divergence == "forward" and model.logit_softcap is None and np.dtype(dtype) == np.float32
+    worth_it = enough and model.vocab_size >= MOMENTS_FROM
+    return Form(moments=True, temperature=config.loss.temperature) if worth_it else Form()
+
+
 def columns(rows: np.ndarray) -> Any:
-    """A table's rows as an objective takes them: hidden states, or a `TopK`."""
-    return rows if rows.dtype.names is None else TopK(*(rows[name] for name in TopK._fields))
+    """A table's rows as an objective takes them: hidden states, `Moments` or a `TopK`."""
+    return rows if rows.dtype.names is None else _MADE[rows.dtype.names](*(rows[name] for name in rows.dtype.names))
 
 
 def write_rows(rows: np.ndarray, at: np.ndarray, said: Any) -> None:
-    """Puts hidden states or a `TopK` into these rows of a table."""
+    """Puts hidden states, `Moments` or a `TopK` into these rows of a table."""
     if rows.dtype.names is None:
         rows[at] = said
         return
-    for name, values in zip(TopK._fields, said, strict=True):
+    for name, values in zip(rows.dtype.names, said, strict=True):
         rows[name][at] = values
 
 

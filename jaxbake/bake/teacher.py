@@ -11,16 +11,18 @@ from jaxbake.data.batches import Batch, View
 from jaxbake.mesh import constrain, mesh_of
 from jaxbake.models.decoder import Prefix, forward
 from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import SoftTargets
 
 
 class Targets(NamedTuple):
     """A teacher's next-token distributions, not yet projected to the vocabulary.
 
-    hidden: [B, K, E] final hidden states; unembed: [V, E] over the student's vocabulary, None if it is the student's
-    own matrix; softcap: of the teacher's logits, or None.
+    known: [B, K, E] final hidden states, or what was made of them (`objectives.SoftTargets`); None for cross-entropy,
+    which has no teacher. unembed: [V, E] over the student's vocabulary, None if it is the student's own matrix.
+    softcap: of the teacher's logits, or None.
     """
 
-    hidden: jax.Array | None
+    known: SoftTargets | None
     unembed: jax.Array | None
     softcap: float | None
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbake.bake.many.batches import side_by_side
 from jaxbake.bake.many.step import hyper, init_states, make_many_step
@@ -14,7 +13,7 @@ from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.bench.clock import Clock, machine, peak_memory_mb
 from jaxbake.bench.shape import random_params
 from jaxbake.bench.sizes import Shape
-from jaxbake.bench.step import make_examples
+from jaxbake.bench.step import make_examples, random_targets
 from jaxbake.config import BakeConfig, LoraConfig, TrainConfig
 from jaxbake.data.batches import Batches, alike
 from jaxbake.models.spec import ModelConfig
@@ -46,10 +45,6 @@ def bench_many(
         prompt, examples = make_examples(config, replace(shape, batch=size), seed, False)
         return Batches(examples, prompt, batch_size=size, max_length=longest, seed=seed)
 
-    def hidden(batch) -> jax.Array:
-        random = np.random.default_rng(seed).standard_normal((*batch.targets.shape, config.hidden_size), np.float32)
-        return jnp.asarray(random, params["norm"].dtype)
-
     own = alike([batches(shape.batch, seed + m) for m in range(members)])
     configs = [replace(settings, seed=seed + m) for m in range(members)]
     group, hypers, active = init_states(config, configs), hyper(configs), jnp.ones(members, bool)
@@ -57,15 +52,17 @@ def bench_many(
     single = batches(shape.batch * members, seed)
     state, one = init_state(jax.random.key(seed), config, settings), make_bake_step(config, settings)
 
-    clocks, known, losses = (Clock(), Clock()), None, (float("nan"),) * 2
+    clocks, known, losses = (Clock(), Clock()), {}, (float("nan"),) * 2
     for n in range(warmup + steps):
         joined, batch = side_by_side([b.batch(n) for b in own]), single.batch(n)
-        if known is None or known[0].shape[:2] != joined.targets.shape or known[1].shape[:2] != batch.targets.shape:
-            known = hidden(joined), hidden(batch)
+        shapes = joined.targets.shape, batch.targets.shape
+        if shapes not in known:
+            known[shapes] = [random_targets(config, settings, params, shape) for shape in shapes]
+        said = known[shapes]
         if n == warmup:
             clocks = (Clock(), Clock())
-        group, m = clocks[0].time(lambda: many(group, hypers, active, params, joined, known[0]))  # noqa: B023
-        state, s = clocks[1].time(lambda: one(state, params, batch, teacher_hidden=known[1]))  # noqa: B023
+        group, m = clocks[0].time(lambda: many(group, hypers, active, params, joined, said[0]))  # noqa: B023
+        state, s = clocks[1].time(lambda: one(state, params, batch, known=said[1]))  # noqa: B023
         losses = float(jnp.mean(m["loss"])), float(s["loss"])
     ours, theirs = (clock.figures("step") for clock in clocks)
     tokens = shape.response_len * shape.batch * members

@@ -51,8 +51,9 @@ def necessary_flops(config: ModelConfig, shape: Shape, rank: int, *, cached: boo
     """Matrix-product FLOPs (a multiply-add is 2) of one step that no arrangement of it avoids.
 
     Attention over its true causal context, nothing recomputed, no gradient of the base, the vocabulary at response
-    tokens alone: teacher, student, and the gradient of the student's hidden states. cached: the teacher's hidden
-    states are known; otherwise its pass is counted, behind the prompt's cached keys and values.
+    tokens alone: teacher, student, and the gradient of the student's hidden states. (A step that knows the teacher's
+    `Moments` does without the first of the three.) cached: the teacher was asked before; otherwise its pass is counted,
+    behind the prompt's cached keys and values.
     """
     shapes = [(size_in, size_out) for (size_in, _), (size_out, _) in linear_shapes(config).values()]
     weights = config.num_layers * sum(i * o for i, o in shapes)

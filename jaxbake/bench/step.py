@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from jaxbake import mesh as meshes
 from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, state_inputs
+from jaxbake.bake.asking import in_form
 from jaxbake.bake.step import init_state, make_bake_step
+from jaxbake.bake.targets import kept_form
 from jaxbake.bench.clock import Clock, machine, peak_flops, peak_memory_mb
 from jaxbake.bench.flops import matmul_flops
 from jaxbake.bench.shape import necessary_flops, random_params
@@ -23,6 +25,7 @@ from jaxbake.memory import trim_after_compiling
 from jaxbake.models.base import put_params
 from jaxbake.models.decoder import Prefix
 from jaxbake.models.spec import ModelConfig
+from jaxbake.objectives import SoftTargets
 from jaxbake.sampling.generate import shared_prefix
 
 EPOCH = 4  # batches of different examples
@@ -44,7 +47,7 @@ def bench_step(
 ) -> dict:
     """Times bake steps on random weights and tokens; returns what `jaxbake bench step --json` prints.
 
-    online: with the teacher's pass, as in the first epoch; otherwise its hidden states are known, as in all later ones.
+    online: with the teacher's pass, as where an answer is visited once; otherwise it was asked before.
     mixed: questions and responses of many lengths (log-normal, at most the shape's), packed into rows.
     mesh: "fsdp=4,tp=2" or "auto", of all devices; the share of the peak is then of theirs together, and memory of one.
     """
@@ -67,20 +70,20 @@ def bench_step(
         lies = jax.tree.map(lambda x: x.sharding, state_inputs(config, settings, on))
     state = init_state(jax.random.key(seed), config, settings, lies)
     step = make_bake_step(config, settings)
-    known = _known(config, params, prompt, online, seed, on)
+    told = _told(config, settings, params, prompt, online, on)
 
     before = peak_flops(dtype)
     batch = put_batch(batches.batch(0), on)
-    flops = matmul_flops(step, state, params, batch, **known(batch))
+    flops = matmul_flops(step, state, params, batch, **told(batch))
     start = time.perf_counter()
-    compiled = step.lower(state, params, batch, **known(batch)).compile()
+    compiled = step.lower(state, params, batch, **told(batch)).compile()
     compile_s = time.perf_counter() - start
     clock, useful, loss = Clock(), 0.0, float("nan")
     for n in range(warmup + steps):
         if n == warmup:
             clock = Clock()
         batch = batches.batch(n)
-        state, metrics = clock.time(lambda batch=batch: step(state, params, put_batch(batch, on), **known(batch)))  # noqa: B023
+        state, metrics = clock.time(lambda batch=batch: step(state, params, put_batch(batch, on), **told(batch)))  # noqa: B023
         loss, useful = float(metrics["loss"]), useful + float(np.sum(batch.weights > 0)) * (n >= warmup)
     peak = max(before, peak_flops(dtype)) * (1 if on is None else on.size)
     figures = clock.figures("step")
@@ -130,18 +133,28 @@ def make_examples(config: ModelConfig, shape: Shape, seed: int, mixed: bool) -> 
     return prompt, examples
 
 
-def _known(config: ModelConfig, params, prompt: np.ndarray, online: bool, seed: int, mesh: Mesh | None):
-    """Keyword arguments of the step: the prompt's keys and values, or (random, of unit size) hidden states."""
+def _told(config: ModelConfig, settings: BakeConfig, params, prompt: np.ndarray, online: bool, mesh: Mesh | None):
+    """Keyword arguments of the step: the prompt's keys and values, or what a bake keeps of a teacher (whose hidden
+    states are random, of unit size)."""
     if online:
         prefix: Prefix | None = shared_prefix(params, None, prompt, config=config) if prompt.size else None
         return lambda batch: {"prefix": prefix}
-    hidden = {}
+    known = {}
 
-    def known(batch):
+    def told(batch):
         key = batch.targets.shape
-        if key not in hidden:
-            random = np.random.default_rng(seed).standard_normal((*key, config.hidden_size), np.float32)
-            hidden[key] = meshes.put(random.astype(params["norm"].dtype), HIDDEN_AXES, mesh)
-        return {"teacher_hidden": hidden[key]}
+        if key not in known:
+            known[key] = random_targets(config, settings, params, key, mesh)
+        return {"known": known[key]}
 
-    return known
+    return told
+
+
+def random_targets(
+    config: ModelConfig, settings: BakeConfig, params, shape: tuple[int, int], mesh: Mesh | None = None
+) -> SoftTargets:
+    """What a bake keeps of a teacher at [B, K] tokens, of random hidden states of unit size."""
+    dtype = params["norm"].dtype
+    random = np.random.default_rng(settings.seed).standard_normal((*shape, config.hidden_size), np.float32)
+    hidden = meshes.put(random.astype(dtype), HIDDEN_AXES, mesh)
+    return in_form(params, hidden, config, kept_form(settings, config, dtype))

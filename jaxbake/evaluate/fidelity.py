@@ -77,7 +77,7 @@ def fidelity(
         real = batch.source >= 0
         weights = {"all": real, "first": real & np.isin(batch.source, starts)}
         weights = {name: w.astype(np.float32) for name, w in weights.items()}
-        placed, teacher = put_batch(batch, base.mesh), known(batch.source)["teacher_hidden"]
+        placed, teacher = put_batch(batch, base.mesh), known(batch.source)["known"]
         for name, sums in _compare(base.params, delta, teacher, placed, weights, config=base.config).items():
             total[name] += hosts.fetch(sums).astype(np.float64)
     (kl_before, agree_before), (kl_after, agree_after) = total["all"] / sum(sizes)

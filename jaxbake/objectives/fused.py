@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from types import EllipsisType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbake.chip import chip
+from jaxbake.errors import JaxbakeError
+from jaxbake.objectives import kernel_cpu, moments
+from jaxbake.objectives.chunks import map_tokens
 from jaxbake.objectives.coarse import coarse_logits, spread_gradient
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens, TopK, dot_settings, has_kernel, prepare, soft_logits
-from jaxbake.objectives.spread import map_on_mesh, vocab_axes
+from jaxbake.objectives.inputs import Divergence, Heads, Moments, SoftTargets, Tokens, TopK, has_kernel, prepare
+from jaxbake.objectives.logits import dot_settings, student_logits, teacher_logits
 from jaxbake.objectives.sums import ABSENT, Axes, normaliser, vocab_sum
 
 
 def fused_kl(
     student_hidden_ND: jax.Array,
     student_unembed_VD: jax.Array,
-    teacher_hidden_ND: jax.Array | None,
+    teacher: SoftTargets | None,
     teacher_unembed_VD: jax.Array | None,
     weights_N: jax.Array,
     *,
@@ -40,7 +41,6 @@ def fused_kl(
     beta: float = 0.5,
     chunk_size: int | None = None,
     implementation: str = "auto",
-    teacher_top: TopK | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum over tokens of the divergence between teacher and student, and the sum of the weights.
 
@@ -56,7 +56,11 @@ def fused_kl(
     Args:
       student_hidden_ND: [..., D] final hidden states (after the final norm). The dots stand for the same in all.
       student_unembed_VD: [V, D].
-      teacher_hidden_ND: [..., E], of the student's width or another; None for cross-entropy.
+      teacher: [..., E], the teacher's final hidden states, of the student's width or another; None for cross-entropy.
+        Or its k most likely tokens (`top_k_of`): the divergence is then that over k + 1 outcomes, these tokens and all
+        others together: at most the full one, and equal for k = V. Or its `Moments` (`moments_of`), for `forward`
+        without soft cap in float32: the same value for two products with the unembedding in place of three; its
+        absolute error is the rounding of logits, however small it is. Both are of p at `temperature` already.
       teacher_unembed_VD: [V, E]; None if it is the student's.
       weights_N: [...], 0 for tokens that do not count.
       targets_N: [...] token ids, for cross-entropy; one outside the vocabulary gives NaN.
@@ -67,13 +71,11 @@ def fused_kl(
       beta: the teacher's share of the mixture of `jsd`, between 0 and 1.
       chunk_size: the most tokens whose logits exist at a time; see `default_chunk_size`. On accelerators some hundred
         are needed for the products to be bound by arithmetic.
-      implementation: "xla", chunks of tokens; "pallas", kernels for a divergence and its gradient, which keep a
-        chunk's two arrays of logits and nothing more of that size; "pallas_recompute", which keeps none at 3/2 to 7/3
-        of the products. Where there is no TPU or GPU they are interpreted. "auto" is "pallas" on a TPU where there is a
-        kernel (bfloat16 or float32, no `teacher_top`), else "xla". Undifferentiated values are always "xla".
-      teacher_top: the teacher's k most likely tokens (`top_k_of`) in place of its hidden states; the divergence is then
-        that over k + 1 outcomes, these tokens and all others together: at most the full one, and equal for k = V. Its
-        probabilities are those at `temperature` already.
+      implementation: "xla", chunks of tokens; "tiled", these a tile of the vocabulary at a time, which keeps a chunk's
+        two arrays of logits and nothing more of that size; "pallas", kernels for a divergence and its gradient that do
+        the same; "pallas_recompute", which keeps none at 3/2 to 7/3 of the products. Where there is no TPU or GPU they
+        are interpreted. "auto" is "pallas" on a TPU and "tiled" on a CPU where they can (a teacher's hidden states,
+        bfloat16 or float32), else "xla". Undifferentiated values are always "xla".
 
     Returns:
       (sum, count), scalars of float32 (float64 if an input is).
@@ -82,10 +84,9 @@ def fused_kl(
       JaxbakeError: unknown divergence, setting out of range, missing argument, or shapes that do not fit.
     """
     how, tokens, heads, weights_N = prepare(
-        student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N,
-        targets_N=targets_N, divergence=divergence, temperature=temperature, softcap=softcap,
-        teacher_softcap=teacher_softcap, beta=beta, chunk_size=chunk_size, implementation=implementation,
-        teacher_top=teacher_top,
+        student_hidden_ND, student_unembed_VD, teacher, teacher_unembed_VD, weights_N, targets_N=targets_N,
+        divergence=divergence, temperature=temperature, softcap=softcap, teacher_softcap=teacher_softcap, beta=beta,
+        chunk_size=chunk_size, implementation=implementation,
     )  # fmt: skip
     return jnp.sum(weights_N * _token_losses(how, tokens, heads)), jnp.sum(weights_N)
 
@@ -93,7 +94,7 @@ def fused_kl(
 def fused_metrics(
     student_hidden_ND: jax.Array,
     student_unembed_VD: jax.Array,
-    teacher_hidden_ND: jax.Array,
+    teacher: jax.Array | TopK,
     teacher_unembed_VD: jax.Array | None,
     weights_N: jax.Array,
     **settings,
@@ -103,23 +104,27 @@ def fused_metrics(
     Returns:
       `kl` and `reverse_kl` (nats), `agreement` (1 where the two most probable tokens are the same), `student_entropy`
       and `teacher_entropy` (nats), each summed over tokens times weights, and `count`, the sum of the weights. With a
-      `teacher_top`, divergences and entropies are those over its k + 1 outcomes.
+      `TopK` as teacher, divergences and entropies are those over its k + 1 outcomes.
 
     Raises:
-      JaxbakeError: as `fused_kl`.
+      JaxbakeError: as `fused_kl`, and for a teacher's moments.
     """
-    args = student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N
+    if isinstance(teacher, Moments):
+        raise JaxbakeError(
+            "teacher: its moments do not determine all that is measured; give the hidden states they are of"
+        )
+    args = student_hidden_ND, student_unembed_VD, teacher, teacher_unembed_VD, weights_N
     how, tokens, heads, weights_N = prepare(*args, **{**settings, "divergence": "forward"})
 
     def measure(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[dict[str, jax.Array], None]:
-        s_CV, axes = _student_logits(how, tokens, heads), how.axes
+        s_CV, axes = student_logits(how, tokens, heads), how.axes
         most_likely_C = _argmax(s_CV, axes, heads.first)
-        if tokens.top is None:
-            t_CV = _teacher_logits(how, tokens, heads)
+        if not isinstance(tokens.teacher, TopK):
+            t_CV = teacher_logits(how, tokens, heads)
             same_C = most_likely_C == _argmax(t_CV, axes, heads.first)
         else:
-            same_C = most_likely_C == tokens.top.ids[:, 0]
-            s_CV, t_CV, axes = coarse_logits(s_CV, tokens.top.ids, heads, axes)[0], _top_logits(tokens.top), ()
+            same_C = most_likely_C == tokens.teacher.ids[:, 0]
+            s_CV, t_CV, axes = coarse_logits(s_CV, tokens.teacher.ids, heads, axes)[0], _top_logits(tokens.teacher), ()
         log_q_CV, log_p_CV, log_ratio_CV = _log_softmaxes(s_CV, t_CV, axes)
         q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
         return {
@@ -137,10 +142,15 @@ def fused_metrics(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
     """The divergence at each token [N]."""
+    if isinstance(tokens.teacher, Moments):
+        return moments.losses(how, tokens, heads)
     return map_tokens(lambda *chunk: (_chunk_loss(*chunk)[0], None), how, tokens, heads)[0]
 
 
 def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
+    if isinstance(tokens.teacher, Moments):
+        return moments.losses_and_grads(how, tokens, heads)
+
     def loss_and_grad(how: Divergence, chunk: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
         if (kernel := _kernel(how, chunk, heads)) is not None:
             return kernel(how, chunk, heads, valid=heads.valid, axes=how.axes)
@@ -160,21 +170,24 @@ def _token_losses_fwd(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[ja
 def _kernel(how: Divergence, tokens: Tokens, heads: Heads) -> Callable | None:
     """The kernel for a chunk's loss and gradient on the chip at hand, or None; `fused_kl` has the rule."""
     here = chip()
-    if tokens.top is not None:
+    if isinstance(tokens.teacher, TopK):
         return None
-    if how.implementation == "auto":
+    implementation = how.implementation
+    if implementation == "auto":
         operands = [x for x in (*tokens[:2], *heads[:2]) if x is not None]
-        if not (here.platform == "tpu" and here.alone and has_kernel(operands)):
-            return None
-    elif how.implementation == "xla":
+        possible = here.alone and has_kernel(operands)
+        implementation = {"cpu": "tiled", "tpu": "pallas"}.get(here.platform, "xla") if possible else "xla"
+    if implementation == "xla":
         return None
+    if implementation == "tiled":
+        return kernel_cpu.loss_and_grad
     if here.platform == "gpu":
         from jaxbake.objectives.kernel_gpu import loss_and_grad  # Pallas takes its time to import
 
         return loss_and_grad
     from jaxbake.objectives.kernel import loss_and_grad
 
-    recompute = how.implementation == "pallas_recompute"
+    recompute = implementation == "pallas_recompute"
     return partial(loss_and_grad, recompute=recompute, kind=here.kind, interpret=here.platform != "tpu")
 
 
@@ -187,15 +200,15 @@ _token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 def _chunk_loss(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
     """The divergence at a chunk's tokens [C], and temperature times its derivative by the uncapped logits [C, V]."""
-    s_CV = _student_logits(how, tokens, heads)
+    s_CV = student_logits(how, tokens, heads)
     if how.name == "cross_entropy":
         loss_C, dlogits_CV = _cross_entropy(s_CV, tokens.targets_N, how.axes, heads)
-    elif tokens.top is None:
-        loss_C, dlogits_CV = _divergence(how, s_CV, _teacher_logits(how, tokens, heads), how.axes)
+    elif not isinstance(tokens.teacher, TopK):
+        loss_C, dlogits_CV = _divergence(how, s_CV, teacher_logits(how, tokens, heads), how.axes)
     else:
-        ids_CK = tokens.top.ids
+        ids_CK = tokens.teacher.ids
         coarse_CK, shares_CV = coarse_logits(s_CV, ids_CK, heads, how.axes)
-        loss_C, dcoarse_CK = _divergence(how, coarse_CK, _top_logits(tokens.top), ())
+        loss_C, dcoarse_CK = _divergence(how, coarse_CK, _top_logits(tokens.teacher), ())
         dlogits_CV = spread_gradient(dcoarse_CK, shares_CV, ids_CK, heads)
     if how.softcap is not None:
         capped_CV = s_CV if heads.valid is None else jnp.where(heads.real_V, s_CV, 0)
@@ -218,20 +231,6 @@ def _divergence(how: Divergence, s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -
 def _top_logits(top: TopK) -> jax.Array:
     """The teacher's logits of k + 1 outcomes, the others' last."""
     return jnp.concatenate([top.log_probs, jnp.maximum(top.log_tail, ABSENT)[:, None]], axis=-1)
-
-
-def _student_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
-    return _real(heads, soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature))
-
-
-def _teacher_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
-    unembed_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
-    return _real(heads, soft_logits(tokens.teacher_hidden_NE, unembed_VE, how.teacher_softcap, how.temperature))
-
-
-def _real(heads: Heads, logits_CV: jax.Array) -> jax.Array:
-    """Logits with those of rows that only fill up a part of the vocabulary made nothing of by any softmax."""
-    return logits_CV if heads.valid is None else jnp.where(heads.real_V, logits_CV, ABSENT)
 
 
 def _forward(s_CV: jax.Array, t_CV: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -318,45 +317,3 @@ def _argmax(x_CV: jax.Array, axes: Axes, first: jax.Array | None) -> jax.Array:
     max_C = jnp.max(x_CV, axis=-1)
     here_C = max_C == lax.pmax(max_C, axes)
     return lax.pmin(jnp.where(here_C, at_C + first, jnp.iinfo(at_C.dtype).max), axes)
-
-
-def map_tokens(
-    f: Callable[[Divergence, Tokens, Heads], tuple[Any, Any]], how: Divergence, tokens: Tokens, heads: Heads
-) -> tuple[Any, Any]:
-    """`f` over chunks of tokens, and on a mesh over parts of the vocabulary: see `spread.map_on_mesh`."""
-    if how.mesh is not None:
-        how = replace(how, axes=vocab_axes(how.mesh))
-        return map_on_mesh(partial(f, how), _map_chunks, how, tokens, heads)
-
-    def chunk(tokens: Tokens) -> tuple[Any, Any]:
-        values, sums = f(how, tokens, heads)
-        return values, jax.tree.map(lambda x: x.astype(tokens.hidden_ND.dtype), sums)
-
-    return _map_chunks(chunk, tokens, how.chunk_size)
-
-
-def _map_chunks(f: Callable[[Tokens], Any], tokens: Tokens, chunk_size: int) -> Any:
-    """`f` over chunks of at most `chunk_size` tokens, one after the other; its outputs for all tokens [N, ...].
-
-    A chunk takes every k-th token, so that tokens spread over devices in blocks are spread within every chunk.
-    """
-    count = tokens.hidden_ND.shape[0]
-    chunks, size = _split(count, chunk_size)
-    if chunks == 1:
-        return f(tokens)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1)
-
-    def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(chunks * size, *x.shape[2:])[:count]
-
-    return jax.tree.map(join, lax.map(f, jax.tree.map(cut, tokens)))
-
-
-def _split(count: int, chunk_size: int) -> tuple[int, int]:
-    """(chunks, tokens in each): as few as may be, or up to twice as many where that divides the tokens evenly."""
-    least = max(1, -(-count // chunk_size))
-    chunks = next((k for k in range(least, 2 * least) if count % k == 0), least)
-    return chunks, -(-count // chunks)

@@ -17,7 +17,7 @@ from jaxbake.errors import JaxbakeError, did_you_mean
 from jaxbake.mesh import AnyMesh, in_context, mesh_of
 
 DIVERGENCES = ("forward", "reverse", "jsd", "cross_entropy")
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_recompute")
+IMPLEMENTATIONS = ("auto", "xla", "tiled", "pallas", "pallas_recompute")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,27 @@ class TopK(NamedTuple):
     log_tail: jax.Array
 
 
+class Moments(NamedTuple):
+    """All that the forward divergence asks of a teacher p: the mean of the student's unembedding rows under p, and p's
+    entropy. The student's logits being products with these rows, their mean under p is the product with `mean`.
+
+    mean: [..., D], sum_v p(v) W_v. entropy: [...], in nats. Of p at a temperature.
+    """
+
+    mean: jax.Array
+    entropy: jax.Array
+
+
+SoftTargets = jax.Array | TopK | Moments
+"""What is known of a teacher at tokens: its final hidden states [..., E], or what was made of its distributions."""
+
+
 class Tokens(NamedTuple):
-    """Rows of tokens; those of weight 0 hold zeros. Of the teacher there is one: hidden states, its top k, or, for
-    cross-entropy, targets."""
+    """Rows of tokens; those of weight 0 hold zeros. teacher: None for cross-entropy, which has targets."""
 
     hidden_ND: jax.Array
-    teacher_hidden_NE: jax.Array | None
+    teacher: SoftTargets | None
     targets_N: jax.Array | None
-    top: TopK | None = None
 
 
 class Heads(NamedTuple):
@@ -78,20 +91,20 @@ class Heads(NamedTuple):
 def default_chunk_size(vocab_size: int) -> int:
     """Tokens per chunk. On a TPU or GPU 512: fewer take no less time, which goes into reading the unembedding.
 
-    On a CPU the power of two whose float32 logits take 32 to 64 MiB, at most 512: every chunk lays the unembedding out
-    anew for its products, and every fresh page is paid for. For small vocabularies 256, whose logits stay in the cache.
-    Two such arrays, the student's and the teacher's, and one or two of that size beside them are alive at a time.
+    On a CPU the power of two whose float32 logits take 64 to 128 MiB, at most 512: every chunk lays the unembedding out
+    anew for its products. For small vocabularies 256, whose logits stay in the cache. Two such arrays, the student's
+    and the teacher's, are alive at a time.
     """
     if chip().platform != "cpu":
         return 512
     most = 512 if vocab_size >= 2**14 else 256
-    return min(most, 2 ** max(0, int(math.log2(64 * 2**20 / (4 * vocab_size)))))
+    return min(most, 2 ** max(0, int(math.log2(128 * 2**20 / (4 * vocab_size)))))
 
 
 def prepare(
     student_hidden_ND: jax.Array,
     student_unembed_VD: jax.Array,
-    teacher_hidden_ND: jax.Array | None,
+    teacher: SoftTargets | None,
     teacher_unembed_VD: jax.Array | None,
     weights_N: jax.Array,
     *,
@@ -103,7 +116,6 @@ def prepare(
     beta: float = 0.5,
     chunk_size: int | None = None,
     implementation: str = "auto",
-    teacher_top: TopK | None = None,
 ) -> tuple[Divergence, Tokens, Heads, jax.Array]:
     """Checks the arguments of `fused_kl` and gives (settings, tokens, heads, weights [N] in the dtype of the loss).
 
@@ -134,9 +146,9 @@ def prepare(
         raise JaxbakeError(f"implementation '{implementation}' is unknown; {known}")
 
     student_hidden_ND, student_unembed_VD = jnp.asarray(student_hidden_ND), jnp.asarray(student_unembed_VD)
-    lead = _check_head("student", student_hidden_ND, student_unembed_VD)
+    lead = _check_head("student_hidden_ND", student_hidden_ND, "student_unembed_VD", student_unembed_VD)
     if divergence == "cross_entropy":
-        teacher_hidden_ND = teacher_unembed_VD = teacher_top = None
+        teacher = teacher_unembed_VD = None
         if targets_N is None:
             raise JaxbakeError("targets_N is missing: divergence 'cross_entropy' needs token ids")
         targets_N = jnp.asarray(targets_N)
@@ -145,17 +157,22 @@ def prepare(
         _check_lead("targets_N", targets_N.shape, lead)
     else:
         targets_N = None
-        if teacher_hidden_ND is None and teacher_top is None:
-            raise JaxbakeError(f"teacher_hidden_ND is missing: divergence '{divergence}' needs a teacher")
-    if teacher_top is not None:
-        if teacher_hidden_ND is not None or teacher_unembed_VD is not None:
-            raise JaxbakeError("teacher_top is given beside the teacher's hidden states or unembedding; give one")
-        teacher_top = _checked_top(teacher_top, lead, student_unembed_VD.shape[0])
+        if teacher is None:
+            raise JaxbakeError(f"teacher is missing: divergence '{divergence}' needs one")
+    if isinstance(teacher, TopK | Moments) and teacher_unembed_VD is not None:
+        raise JaxbakeError("teacher_unembed_VD is given beside what was made of the teacher's distributions; give one")
+    if isinstance(teacher, TopK):
+        teacher = _checked_top(teacher, lead, student_unembed_VD.shape[0])
+    elif isinstance(teacher, Moments):
+        if divergence != "forward" or softcap is not None:
+            what = f"divergence '{divergence}'" if divergence != "forward" else "a soft cap"
+            raise JaxbakeError(f"teacher: its moments do not determine {what}; give its hidden states")
+        teacher = _checked_moments(teacher, lead, student_hidden_ND)
     elif divergence != "cross_entropy":
-        teacher_hidden_ND = jnp.asarray(teacher_hidden_ND)
+        teacher = jnp.asarray(teacher)
         teacher_unembed_VD = None if teacher_unembed_VD is None else jnp.asarray(teacher_unembed_VD)
         head_VE = student_unembed_VD if teacher_unembed_VD is None else teacher_unembed_VD
-        _check_lead("teacher_hidden_ND", _check_head("teacher", teacher_hidden_ND, head_VE), lead)
+        _check_lead("teacher", _check_head("teacher", teacher, "its unembedding", head_VE), lead)
         if head_VE.shape[0] != student_unembed_VD.shape[0]:
             raise JaxbakeError(
                 f"teacher_unembed_VD has a vocabulary of {head_VE.shape[0]}, the student's has "
@@ -164,21 +181,21 @@ def prepare(
     weights_N = jnp.asarray(weights_N)
     _check_lead("weights_N", weights_N.shape, lead)
 
-    operands = jax.tree.leaves((student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD))
-    if implementation.startswith("pallas") and (teacher_top is not None or not has_kernel(operands)):
-        teacher = " of a teacher's top k" if teacher_top is not None else ""
+    made = isinstance(teacher, TopK | Moments)
+    states = (student_hidden_ND, student_unembed_VD, None if made else teacher, teacher_unembed_VD)
+    operands = jax.tree.leaves(states)
+    if implementation not in ("auto", "xla") and (made or not has_kernel(operands)):
+        of = f" of a teacher's {'top k' if isinstance(teacher, TopK) else 'moments'}" if made else ""
         raise JaxbakeError(
             f"implementation '{implementation}' has kernels for hidden states in bfloat16 and float32 only; here it is "
-            f"'{divergence}'{teacher} in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' or 'xla'"
+            f"'{divergence}'{of} in {', '.join(sorted({str(x.dtype) for x in operands}))}: take 'auto' or 'xla'"
         )
     weights_N = weights_N.reshape(-1).astype(jnp.result_type(jnp.float32, *operands))
     counted_N = weights_N != 0
 
-    def rows(x: jax.Array | None, trailing: int) -> jax.Array | None:
-        if x is None:
-            return None
-        x = x.reshape(-1, *x.shape[x.ndim - trailing :])
-        return jnp.where(counted_N.reshape(-1, *[1] * trailing), x, 0)
+    def rows(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, *x.shape[len(lead) :])
+        return jnp.where(counted_N.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
     mesh = mesh_of(student_unembed_VD)
     with in_context(mesh):
@@ -193,11 +210,8 @@ def prepare(
         implementation,
         mesh,
     )
-    if teacher_top is not None:
-        ids, log_probs, log_tail = teacher_top
-        teacher_top = lax.stop_gradient(TopK(rows(ids, 1), rows(log_probs, 1), rows(log_tail, 0)))
-    teacher_hidden_NE = lax.stop_gradient(rows(teacher_hidden_ND, 1))
-    tokens = Tokens(rows(student_hidden_ND, 1), teacher_hidden_NE, rows(targets_N, 0), teacher_top)
+    teacher, targets_N = lax.stop_gradient(jax.tree.map(rows, (teacher, targets_N)))
+    tokens = Tokens(rows(student_hidden_ND), teacher, targets_N)
     return settings, tokens, lax.stop_gradient(Heads(student_unembed_VD, teacher_unembed_VD)), weights_N
 
 
@@ -206,37 +220,18 @@ def has_kernel(operands: list[jax.Array]) -> bool:
     return all(x.dtype in (jnp.bfloat16, jnp.float32) for x in operands)
 
 
-def dot_settings(*operands: jax.Array) -> dict:
-    """Keyword arguments of a product over these operands: accumulated in float32, or in float64 if one is.
-
-    A float32 operand is not rounded to fewer bits on the way (TPU and GPU do by default); bfloat16 costs the same.
-    """
-    out = jnp.result_type(jnp.float32, *operands)
-    exact = jnp.result_type(*operands) in (jnp.float32, jnp.float64)
-    return {"preferred_element_type": out, "precision": lax.Precision.HIGHEST if exact else None}
-
-
-def soft_logits(hidden_ND: jax.Array, unembed_VD: jax.Array, softcap: float | None, temperature: float) -> jax.Array:
-    """Logits [N, V], float32 or float64: `softcap * tanh(logits / softcap)` if capped, then over the temperature."""
-    logits_NV = jnp.einsum("nd,vd->nv", hidden_ND, unembed_VD, **dot_settings(hidden_ND, unembed_VD))
-    if softcap is not None:
-        logits_NV = softcap * jnp.tanh(logits_NV / softcap)
-    return logits_NV if temperature == 1 else logits_NV / temperature
-
-
 def _check_positive(name: str, value: float) -> None:
     if not (isinstance(value, Real) and 0 < value < math.inf):
         raise JaxbakeError(f"{name} is {value!r}; it must be a positive number")
 
 
-def _check_head(who: str, hidden: jax.Array, unembed: jax.Array) -> tuple[int, ...]:
+def _check_head(name: str, hidden: jax.Array, head: str, unembed: jax.Array) -> tuple[int, ...]:
     """The leading shape of the hidden states, once their width is known to fit the unembedding."""
-    for name, x in ((f"{who}_hidden_ND", hidden), (f"{who}_unembed_VD", unembed)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise JaxbakeError(f"{name} is {x.dtype}; it must be of a floating point type")
+    for what, x in ((name, hidden), (head, unembed)):
+        _check_floats(what, x)
     if hidden.ndim < 1 or unembed.ndim != 2 or hidden.shape[-1] != unembed.shape[1]:
         raise JaxbakeError(
-            f"{who}_hidden_ND is {hidden.shape} and its unembedding {unembed.shape}; they must be [..., width] and "
+            f"{name} is {hidden.shape} and its unembedding {unembed.shape}; they must be [..., width] and "
             "[vocabulary, width]"
         )
     return hidden.shape[:-1]
@@ -247,17 +242,37 @@ def _checked_top(top: TopK, lead: tuple[int, ...], vocabulary: int) -> TopK:
     top = TopK(*map(jnp.asarray, top))
     if top.ids.ndim < 1 or top.ids.shape != top.log_probs.shape or not jnp.issubdtype(top.ids.dtype, jnp.integer):
         raise JaxbakeError(
-            f"teacher_top: ids are {top.ids.dtype} {top.ids.shape} and log_probs {top.log_probs.shape}; they must be "
+            f"teacher: ids are {top.ids.dtype} {top.ids.shape} and log_probs {top.log_probs.shape}; they must be "
             "whole numbers and as many probabilities [..., k]"
         )
     if not 1 <= top.ids.shape[-1] <= vocabulary:
-        raise JaxbakeError(f"teacher_top: k is {top.ids.shape[-1]}; it must be from 1 to the vocabulary's {vocabulary}")
+        raise JaxbakeError(f"teacher: k is {top.ids.shape[-1]}; it must be from 1 to the vocabulary's {vocabulary}")
     for name, x in (("log_probs", top.log_probs), ("log_tail", top.log_tail)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise JaxbakeError(f"teacher_top.{name} is {x.dtype}; it must be of a floating point type")
-    _check_lead("teacher_top.ids", top.ids.shape[:-1], lead)
-    _check_lead("teacher_top.log_tail", top.log_tail.shape, lead)
+        _check_floats(f"teacher.{name}", x)
+    _check_lead("teacher.ids", top.ids.shape[:-1], lead)
+    _check_lead("teacher.log_tail", top.log_tail.shape, lead)
     return top
+
+
+def _checked_moments(moments: Moments, lead: tuple[int, ...], hidden: jax.Array) -> Moments:
+    """The moments as arrays, once they are known to fit the student's hidden states."""
+    moments = Moments(*map(jnp.asarray, moments))
+    for name, x in zip(Moments._fields, moments, strict=True):
+        _check_floats(f"teacher.{name}", x)
+    if jnp.finfo(hidden.dtype).bits < 32:
+        raise JaxbakeError(
+            f"teacher: moments need the student in float32, since the gradient is the difference of two means that "
+            f"come close to each other; its hidden states are {hidden.dtype}: give the teacher's hidden states"
+        )
+    if moments.mean.shape != hidden.shape:
+        raise JaxbakeError(f"teacher.mean is {moments.mean.shape}; it must be {hidden.shape} as the student's states")
+    _check_lead("teacher.entropy", moments.entropy.shape, lead)
+    return moments
+
+
+def _check_floats(name: str, x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise JaxbakeError(f"{name} is {x.dtype}; it must be of a floating point type")
 
 
 def _check_lead(name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxbake.chip import chip
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens, dot_settings
+from jaxbake.objectives.inputs import Divergence, Heads, Tokens
+from jaxbake.objectives.logits import dot_settings
 from jaxbake.objectives.sums import ABSENT, vocab_sum
 from jaxbake.objectives.terms import MEANS, Known, Sums, above_centre, find_targets, join, terms
 
@@ -56,7 +57,7 @@ def loss_and_grad(
     call = partial(pl.pallas_call, grid=grid, interpret=interpret)
 
     sides = [_Side(tokens.hidden_ND, heads.student_VD)]
-    if (teacher := tokens.teacher_hidden_NE) is not None:
+    if (teacher := tokens.teacher) is not None:
         sides.append(_Side(teacher, heads.student_VD if heads.teacher_VE is None else heads.teacher_VE))
     sums = Sums(*[per_tile] * 2 * len(sides), gap=per_tile if how.name in MEANS else None)
     logits, sums = call(

@@ -10,29 +10,29 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxbake.objectives.inputs import TopK, prepare, soft_logits
+from jaxbake.errors import JaxbakeError
+from jaxbake.objectives.inputs import Moments, TopK, prepare
+from jaxbake.objectives.logits import student_logits, teacher_logits
 
 
 def reference_kl(
-    student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N, **settings
+    student_hidden_ND, student_unembed_VD, teacher, teacher_unembed_VD, weights_N, **settings
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted divergences, sum of weights): `fused_kl`'s arguments and meaning, in plain memory-hungry JAX.
 
     Any float dtype; float64 (under `jax.enable_x64`) for a value to measure others by. `chunk_size` changes nothing.
     """
-    args = student_hidden_ND, student_unembed_VD, teacher_hidden_ND, teacher_unembed_VD, weights_N
+    args = student_hidden_ND, student_unembed_VD, teacher, teacher_unembed_VD, weights_N
     how, tokens, heads, weights_N = prepare(*args, **settings)
-    logits_NV = soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
-    log_q_NV = jax.nn.log_softmax(logits_NV)
+    log_q_NV = jax.nn.log_softmax(student_logits(how, tokens, heads))
     if how.name == "cross_entropy":
         return jnp.sum(weights_N * cross_entropy(log_q_NV, tokens.targets_N)), jnp.sum(weights_N)
-    if tokens.top is None:
-        teacher_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
-        log_p_NV = jax.nn.log_softmax(
-            soft_logits(tokens.teacher_hidden_NE, teacher_VE, how.teacher_softcap, how.temperature)
-        )
+    if isinstance(tokens.teacher, Moments):
+        raise JaxbakeError("teacher: moments are not a distribution; give the hidden states they are of")
+    if isinstance(tokens.teacher, TopK):
+        log_p_NV, log_q_NV = over_outcomes(tokens.teacher, log_q_NV)
     else:
-        log_p_NV, log_q_NV = over_outcomes(tokens.top, log_q_NV)
+        log_p_NV = jax.nn.log_softmax(teacher_logits(how, tokens, heads))
     match how.name:
         case "forward":
             loss_N = kl(log_p_NV, log_q_NV)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbake.errors import JaxbakeError
+from jaxbake.objectives.chunks import map_tokens
 from jaxbake.objectives.coarse import coarse_logits
-from jaxbake.objectives.fused import map_tokens
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens, TopK, prepare, soft_logits
-from jaxbake.objectives.sums import ABSENT
+from jaxbake.objectives.inputs import Divergence, Heads, Tokens, TopK, prepare
+from jaxbake.objectives.logits import student_logits
 
 
 def top_k_of(
@@ -46,9 +46,7 @@ def top_k_of(
     )  # fmt: skip
 
     def chunk(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[TopK, Any]:
-        s_CV = soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature)
-        first = 0 if heads.first is None else heads.first
-        s_CV = s_CV if heads.valid is None else jnp.where(heads.real_V, s_CV, ABSENT)
+        s_CV, first = student_logits(how, tokens, heads), 0 if heads.first is None else heads.first
         logits_CK, ids_CK = lax.top_k(s_CV, min(k, s_CV.shape[-1]))
         ids_CK += first
         if how.axes:  # every part's most likely ones, and of them the most likely
@@ -58,5 +56,5 @@ def top_k_of(
         log_p_CK = jax.nn.log_softmax(coarse_logits(s_CV, ids_CK, heads, how.axes)[0])
         return TopK(ids_CK.astype(jnp.int32), log_p_CK[:, :-1], log_p_CK[:, -1]), None
 
-    top = lax.stop_gradient(map_tokens(chunk, how, tokens._replace(teacher_hidden_NE=None), heads)[0])
+    top = lax.stop_gradient(map_tokens(chunk, how, tokens._replace(teacher=None), heads)[0])
     return jax.tree.map(lambda x: x.reshape(*hidden_ND.shape[:-1], *x.shape[1:]), top)

@@ -59,9 +59,8 @@ def compile_case(request: Request) -> tuple[Case, int]:
             tokens = arguments[2].tokens.shape[0]
         else:
             function, static = make_bake_step(config, request.bake), {}
-            known = program == "cached"
-            prefix, hidden = (None, inputs.teacher_hidden) if known else (inputs.prefix, None)
-            arguments = (inputs.state, inputs.params, inputs.batch, prefix, hidden)
+            told = (None, inputs.known) if program == "cached" else (inputs.prefix, None)
+            arguments = (inputs.state, inputs.params, inputs.batch, *told)
             tokens = sizes.rows * sizes.response
         with jax.set_mesh(mesh):  # what is traced must take these chips' kernels, not those of this machine
             figures.append(_figures(program, function, arguments, static, inputs, topology, tokens))

@@ -11,13 +11,13 @@ import numpy as np
 
 from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, put_view
-from jaxbake.bake.asking import Asker, teacher_hidden_of
-from jaxbake.bake.known import HELD_OUT, take_rows, teacher_key
-from jaxbake.bake.targets import ROOMS, Form, Table, content_key, open_table, where_to_keep
+from jaxbake.bake.asking import in_form, teacher_hidden_of
+from jaxbake.bake.known import HELD_OUT, Teachers, keep_all, take_rows
+from jaxbake.bake.targets import ROOMS, Form, columns, kept_form, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike
 from jaxbake.mesh import parts, put
 from jaxbake.models.base import Base
-from jaxbake.models.decoder import Prefix
+from jaxbake.objectives import SoftTargets
 
 
 def padded(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
@@ -41,131 +41,83 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
     )
 
 
-class Voices:
-    """Each member's teacher, the base behind the member's prompts, and what it says of the held-out examples."""
-
-    def __init__(self, base: Base, members: Sequence[Any]):
-        self.examples = [[*member.examples, *member.held_out] for member in members]
-        self._askers = [
-            Asker(base, examples, member.config.train.batch_size)
-            for member, examples in zip(members, self.examples, strict=True)
-        ]
-        self._matched = [sum(int(example.mask.sum()) for example in member.examples) for member in members]
-        self._first_held_out = [len(member.examples) for member in members]
-        self._held_out: dict[int, np.ndarray] = {}
-
-    @property
-    def prompts(self) -> list[tuple[np.ndarray, ...]]:
-        """What each member's rows begin with."""
-        return [asker.prompts for asker in self._askers]
-
-    def prefix(self, i: int) -> Prefix | None:
-        """The keys and values of member i's prompt."""
-        return self._askers[i].prefix(0)
-
-    def hidden(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """What member i's teacher says of its training examples [matched, D] and of the held-out ones, asked about
-        together, in the rows that a bake alone has."""
-        said = self._askers[i].hidden()
-        self._askers[i].forget()
-        return said[: self._matched[i]], said[self._matched[i] :]
-
-    def keep(self, i: int, held_out: np.ndarray) -> None:
-        """What it says of the held-out ones is known."""
-        self._held_out[i] = held_out
-
-    def held_out(self, i: int) -> np.ndarray:
-        """What it says of the held-out ones; asked about them alone where it was not kept."""
-        if i not in self._held_out:
-            which = np.arange(self._first_held_out[i], len(self.examples[i]))
-            self._held_out[i] = self._askers[i].hidden(which)[self._matched[i] :]
-        return self._held_out[i]
-
-
-def _batches(
-    base: Base, members: Sequence[Any], examples: Sequence[Sequence[Any]], voices: Voices, accumulate: int = 1
-) -> list[Batches]:
-    """Each member's examples as batches of its own, in rows of the same lengths; every device has as many of them."""
-    multiples = {"rows_multiple": accumulate * parts("batch", base.mesh), "tokens_multiple": parts("seq", base.mesh)}
-    own = []
-    for member, one, prompts in zip(members, examples, voices.prompts, strict=True):
-        train = member.config.train
-        sizes = {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
-        own.append(Batches(one, prompts, **sizes, **multiples))
-    return alike(own)
-
-
 class Rows:
-    """The training rows of all members, and their teachers' hidden states at the matched tokens.
+    """The training rows of all members, and what their teachers, the base behind each one's prompt, say of them.
 
-    What a teacher says is computed before the first step and kept where there is room, as for a bake alone
-    (`targets.where_to_keep`); the members fill each room in order. For those that have none, teachers are asked at
-    every step.
+    What a teacher says is asked before the first step and kept where there is room, as for a bake alone
+    (`targets.where_to_keep`), in the same form; the members fill each room in order. For those that have none, teachers
+    are asked at every step.
     """
 
     def __init__(self, base: Base, members: Sequence[Any], accumulate: int):
-        self._base, self.voices = base, Voices(base, members)
-        self._members = _batches(base, members, [m.examples for m in members], self.voices, accumulate)
-        self._asked = members[0].config.loss.divergence != "cross_entropy"
+        self._base, self._members = base, members
+        self._teachers = [Teachers(base, [*m.examples, *m.held_out], m.config.train.batch_size) for m in members]
+        self._held_out: dict[int, np.ndarray] = {}
+        self._batches = self.batches([m.examples for m in members], accumulate)
+        config = members[0].config  # all have the same loss
+        self._asked = config.loss.divergence != "cross_entropy"
+        self._form = kept_form(config, base.config, base.params["norm"].dtype)
         self._kept: dict[int, np.ndarray] = {}
         """By member, its table in memory or in a file."""
         self._starts: dict[int, int] = {}
         """By member, where its table begins in the one on the device."""
-        self._on_device: jax.Array | None = None
+        self._on_device: SoftTargets | None = None
         if self._asked:
-            self._ask_once(members)
+            self._ask_once()
 
-    def _ask_once(self, members: Sequence[Any]) -> None:
+    def batches(self, examples: Sequence[Sequence[Any]], accumulate: int = 1) -> list[Batches]:
+        """Each member's examples as batches of its own, in rows of the same lengths; every device has as many of
+        them."""
+        mesh, own = self._base.mesh, []
+        multiples = {"rows_multiple": accumulate * parts("batch", mesh), "tokens_multiple": parts("seq", mesh)}
+        for member, one, teachers in zip(self._members, examples, self._teachers, strict=True):
+            train = member.config.train
+            sizes = {"batch_size": train.batch_size, "max_length": train.max_length, "seed": member.config.seed}
+            own.append(Batches(one, teachers.prompts, **sizes, **multiples))
+        return alike(own)
+
+    def _which(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Member i's examples and its held-out ones, as its teachers count them."""
+        return tuple(np.split(np.arange(len(self._teachers[i].examples)), [len(self._members[i].examples)]))
+
+    def _ask_once(self) -> None:
         taken, on_device = dict.fromkeys(ROOMS, 0), {}
-        for i, member in enumerate(members):
-            found = self._tables(i, member, taken)
-            if found is None:
+        for i, (member, teachers) in enumerate(zip(self._members, self._teachers, strict=True)):
+            settings, (train, held) = member.config.train, self._which(i)
+            size = teachers.size(train, self._form)
+            room = where_to_keep(size, settings, member.folder, taken)
+            if room is None or settings.steps * settings.batch_size <= len(train):  # each one is visited once at most
                 continue
-            room, tables = found
-            if not all(table.complete for table in tables):
-                for table, said in zip(tables, self.voices.hidden(i), strict=True):
-                    if not table.complete:
-                        table.rows[:] = said
-            for table in tables:
-                table.finish()
-            table, held_out = tables
-            self.voices.keep(i, held_out.rows)
-            taken[room] += table.rows.nbytes
+            folder = member.folder / layout.TEACHER if room == "disk" else None
+            tables = keep_all(
+                teachers, [(train, self._form, folder), (held, Form(), folder and folder / HELD_OUT)]
+            )  # asked about together, in the rows that a bake alone has
+            self._held_out[i] = tables[1].rows
+            taken[room] += size
             # On a mesh each device is given what its rows need.
-            (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
+            (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = tables[0].rows
+            teachers.let_go()
         if on_device:
             ends = np.cumsum([rows.shape[0] for rows in on_device.values()])
             self._starts = {i: int(e) - on_device[i].shape[0] for i, e in zip(on_device, ends, strict=True)}
-            self._on_device = jnp.asarray(np.concatenate(list(on_device.values())))
+            self._on_device = jax.tree.map(jnp.asarray, columns(np.concatenate(list(on_device.values()))))
 
-    def _tables(self, i: int, member: Any, taken: dict[str, int]) -> tuple[str, tuple[Table, Table]] | None:
-        """The room for what member i's teacher says, and where to write it there: of the training examples, and of the
-        held-out ones. None where it is not kept."""
-        train, examples = member.config.train, member.examples
-        width, dtype = self._base.config.hidden_size, self._base.params["norm"].dtype
-        sizes = [sum(int(e.mask.sum()) for e in some) for some in (examples, member.held_out)]
-        room = where_to_keep(sizes[0] * width * dtype.itemsize, train, member.folder, taken)
-        if room is None or train.steps * train.batch_size <= len(examples):  # each example is visited once at most
-            return None
-        folder = member.folder / layout.TEACHER if room == "disk" else None
-        who = teacher_key(self._base, None, Form())
-        key = content_key(who, self.voices.examples[i], self.voices.prompts[i])
-        first, second = (
-            open_table((size, width), dtype, where, key)
-            for size, where in zip(sizes, (folder, folder and folder / HELD_OUT), strict=True)
-        )
-        return room, (first, second)
+    def held_out(self, i: int) -> np.ndarray:
+        """The hidden states of member i's teacher at its held-out examples; asked about them alone if not kept."""
+        if i not in self._held_out:
+            self._held_out[i] = keep_all(self._teachers[i], [(self._which(i)[1], Form(), None)])[0].rows
+        return self._held_out[i]
 
     def useful_fraction(self, i: int) -> float:
         """Share of a member's row tokens that are no padding."""
-        return self._members[i].useful_fraction()
+        return self._batches[i].useful_fraction()
 
     def batch(self, n: int, places: Sequence[int]) -> Batch:
         """The rows of step n, of these members in order."""
-        return side_by_side([self._members[i].batch(n) for i in places])
+        return side_by_side([self._batches[i].batch(n) for i in places])
 
-    def teacher(self, n: int, places: Sequence[int], batch: Batch) -> jax.Array | None:
-        """The teachers' hidden states [M * B, K, D] for that batch."""
+    def teacher(self, n: int, places: Sequence[int], batch: Batch) -> SoftTargets | None:
+        """What the teachers say of that batch."""
         if not self._asked:
             return None
         mesh = self._base.mesh
@@ -174,31 +126,36 @@ class Rows:
             offset = np.array([self._starts[i] for i in places], np.int32)[:, None, None]
             return take_rows(self._on_device, (source + offset).reshape(batch.source.shape))
         said = [self._said(n, i, source[place]) for place, i in enumerate(places)]
-        if all(isinstance(rows, np.ndarray) for rows in said):
-            said = [np.concatenate(said)]
-        return jnp.concatenate([put(x, HIDDEN_AXES, mesh) if isinstance(x, np.ndarray) else x for x in said])
 
-    def _said(self, n: int, i: int, source_BK: np.ndarray) -> np.ndarray | jax.Array:
+        def join(*parts: np.ndarray | jax.Array) -> jax.Array:
+            if all(isinstance(x, np.ndarray) for x in parts):
+                parts = (np.concatenate(parts),)
+            axes = HIDDEN_AXES[: parts[0].ndim]
+            return jnp.concatenate([put(x, axes, mesh) if isinstance(x, np.ndarray) else x for x in parts])
+
+        return jax.tree.map(join, *said)
+
+    def _said(self, n: int, i: int, source_BK: np.ndarray) -> Any:
         """What member i's teacher says of its rows of step n."""
         if i in self._starts:
             return take_rows(self._on_device, source_BK + self._starts[i])
         if i in self._kept:
-            return self._kept[i][source_BK]
-        view = jax.tree.map(lambda x: padded(x, len(source_BK)), self._members[i].batch(n).teacher)
-        return teacher_hidden_of(
-            self._base.params, put_view(view, self._base.mesh), self.voices.prefix(i), self._base.config
-        )
+            return columns(self._kept[i][source_BK])
+        base, view = self._base, jax.tree.map(lambda x: padded(x, len(source_BK)), self._batches[i].batch(n).teacher)
+        prefix = self._teachers[i].prefix()
+        hidden = teacher_hidden_of(base.params, put_view(view, base.mesh), prefix, base.config)
+        return in_form(base.params, hidden, base.config, self._form)
 
 
 class Evaluation:
     """All members' held-out examples, in batches of which each member has some rows; the teachers are asked once."""
 
-    def __init__(self, base: Base, members: Sequence[Any], voices: Voices):
-        own = _batches(base, members, [m.held_out for m in members], voices)
+    def __init__(self, base: Base, members: Sequence[Any], rows: Rows):
+        own = rows.batches([m.held_out for m in members])
         self._mesh = base.mesh
         self._parts: list[list[tuple[Batch, jax.Array]]] = []
         for i, batches in enumerate(own):
-            said = voices.held_out(i)
+            said = rows.held_out(i)
             found = []
             for batch in batches.all():
                 found.append((batch, put(said[np.maximum(batch.source, 0)], HIDDEN_AXES, base.mesh)))

@@ -33,7 +33,7 @@ from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.train import Trained
 from jaxbake.bakery.card import sha256
-from jaxbake.config import BakeConfig, StimuliConfig, TeacherConfig
+from jaxbake.config import BakeConfig, StimuliConfig
 from jaxbake.errors import JaxbakeError, TrainingDiverged
 from jaxbake.files import AnyPath, absolute, is_remote, read_json, write_whole
 from jaxbake.models.base import Base, on_mesh
@@ -65,10 +65,11 @@ def bake_many(
 ) -> list[BakeResult]:
     """Bakes several prompts at once, each into a delta of its own: one pass over the base serves them all.
 
-    Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss must
-    be the same. Each result equals that of `jaxbake.bake` with the same arguments up to rounding: its own batches,
-    held-out examples, schedule, clipping and early stop. A bake that diverges does not touch the others. It runs in one
-    process; on a mesh each member's rows are spread as those of a bake alone, a multiple of the devices along them.
+    Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss, and
+    what is kept of the teacher, must be the same. Each result equals that of `jaxbake.bake` with the same arguments up
+    to rounding: its own batches, held-out examples, schedule, clipping and early stop. A bake that diverges does not
+    touch the others. It runs in one process; on a mesh each member's rows are spread as those of a bake alone, a
+    multiple of the devices along them.
 
     Args:
       base: what `jaxbake.load` gives.
@@ -194,10 +195,8 @@ def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None) -> _Prepared:
     root = Path(bake.root)
     try:
         prompt = _check(base, bake.prompt, bake.config)
-        if bake.config.teacher != TeacherConfig():
-            raise JaxbakeError(
-                "teacher: bakes of one step learn from the base itself, its hidden states; bake it alone"
-            )
+        if bake.config.teacher.model is not None:
+            raise JaxbakeError("teacher.model: bakes of one step learn from the base itself; bake it alone")
         given, generate = _given(bake.stimuli, root)
         pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
         contexts = contexts_for(base, prompt, bake.config, root) if bake.contexts is None else bake.contexts

@@ -38,11 +38,12 @@ def check_alike(members: Sequence[Any]) -> None:
     """Raises JaxbakeError where bakes (each with a name and a config) cannot share a step: loss and mesh are one."""
     first = members[0]
     for member in members[1:]:
-        if member.config.loss != first.config.loss:
-            raise JaxbakeError(
-                f"{member.name}: bakes of one step need the same loss settings as '{first.name}' "
-                f"({first.config.loss}); bake it by itself"
-            )
+        for what in ("loss", "teacher"):
+            if getattr(member.config, what) != (said := getattr(first.config, what)):
+                raise JaxbakeError(
+                    f"{member.name}: bakes of one step need the same {what} settings as '{first.name}' ({said}); bake "
+                    "it by itself"
+                )
         if member.config.mesh != first.config.mesh:
             raise JaxbakeError(
                 f"{member.name}: mesh is {member.config.mesh or 'none'}, that of '{first.name}' "

@@ -22,7 +22,7 @@ from jaxbake.deltas.many import Deltas, cut, one_of, stack
 from jaxbake.mesh import AnyMesh, constrain, mesh_of, sharding
 from jaxbake.models.decoder import unembedding
 from jaxbake.models.spec import ModelConfig
-from jaxbake.objectives import fused_metrics
+from jaxbake.objectives import SoftTargets, fused_metrics
 
 
 @flax.struct.dataclass
@@ -165,24 +165,24 @@ def _parts(tree: Any, members: int, parts: int) -> Any:
 def make_many_step(
     model_config: ModelConfig, loss_config: LossConfig, *, accumulate: int = 1, remat: bool = False
 ) -> Callable[..., tuple[BakeState, dict[str, jax.Array]]]:
-    """The step `(state, hyper, active, params, batch, teacher_hidden) -> (state, metrics)`, jitted, state donated.
+    """The step `(state, hyper, active, params, batch, known) -> (state, metrics)`, jitted, state donated.
 
     Args (of the step):
       state: of M members, as `init_states` gives it.
       active: bool [M]; the others are left as they are.
       params: the base, a traced argument; never differentiated, never copied.
       batch: M * B rows, B of each member in order; only its student view is looked at.
-      teacher_hidden: [M * B, K, D], None for cross-entropy.
+      known: of the teachers, as in `step.make_bake_step`, of all rows in one form; None for cross-entropy.
 
     Each member's gradient is the sum over its matched tokens divided by their weight; its norm is clipped and its delta
     updated as `make_bake_step` does alone. A member whose loss or gradient is not finite keeps its state, and none
     other is touched. Metrics: as there, float32 [M].
     """
 
-    def loss_sum(factors, weights, delta, params, batch, hidden):
+    def loss_sum(factors, weights, delta, params, batch, known):
         delta = Deltas(factors, jax.lax.stop_gradient(delta.scale))
         student = hidden_at(params, delta, batch.student, config=model_config, remat=remat)
-        targets = None if hidden is None else Targets(hidden, None, model_config.logit_softcap)
+        targets = Targets(known, None, model_config.logit_softcap)
         batch = batch.replace(weights=weights)
         return divergence_sum(student, params, targets, batch, model_config, loss_config)[0]
 
@@ -190,25 +190,25 @@ def make_many_step(
     # token's weight is that token's loss, from which each one's loss follows.
     gradient = jax.grad(loss_sum, argnums=(0, 1))
 
-    def accumulated(delta, params, batch, hidden):
-        def one(batch, hidden):
-            grads, per_token = gradient(delta.factors, batch.weights, delta, params, batch, hidden)
+    def accumulated(delta, params, batch, known):
+        def one(batch, known):
+            grads, per_token = gradient(delta.factors, batch.weights, delta, params, batch, known)
             weighted = jnp.where(batch.weights != 0, batch.weights * per_token, 0)
             return _by_member(weighted, delta.count), _by_member(batch.weights, delta.count), grads
 
         if accumulate == 1:
-            return one(batch, hidden)
+            return one(batch, known)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, one(*part)), None
 
         zero = jnp.zeros(delta.count, jnp.float32)
         start = zero, zero, jax.tree.map(jnp.zeros_like, delta.factors)
-        return jax.lax.scan(add, start, _parts((batch, hidden), delta.count, accumulate))[0]
+        return jax.lax.scan(add, start, _parts((batch, known), delta.count, accumulate))[0]
 
-    def step(state: BakeState, hyper: Hyper, active, params, batch: Batch, teacher_hidden=None):
+    def step(state: BakeState, hyper: Hyper, active, params, batch: Batch, known: SoftTargets | None = None):
         delta = state.delta
-        total, count, grads = accumulated(delta, params, batch.replace(teacher=None), teacher_hidden)
+        total, count, grads = accumulated(delta, params, batch.replace(teacher=None), known)
         count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
         loss, grad_norm = total / count, _norms(grads) / count
@@ -241,18 +241,18 @@ def make_many_step(
 
 
 def make_many_eval(model_config: ModelConfig, loss_config: LossConfig) -> Callable[..., tuple[jax.Array, ...]]:
-    """`evaluate(delta, params, batch, teacher_hidden) -> (sum, count, agreement)`, float32 [M] each, jitted.
+    """`evaluate(delta, params, batch, known) -> (sum, count, agreement)`, float32 [M] each, jitted.
 
     As `step.make_eval_step` gives them alone; batch as in `make_many_step`.
     """
 
     @jax.jit
-    def evaluate(delta: Deltas, params, batch: Batch, teacher_hidden):
+    def evaluate(delta: Deltas, params, batch: Batch, known: SoftTargets):
         student = hidden_at(params, delta, batch.student, config=model_config)
 
         def sums(weights):
             found = fused_metrics(
-                student, unembedding(params), teacher_hidden, None, weights, softcap=model_config.logit_softcap,
+                student, unembedding(params), known, None, weights, softcap=model_config.logit_softcap,
                 chunk_size=loss_config.chunk_size,
             )  # fmt: skip
             return found["kl"], found["agreement"]

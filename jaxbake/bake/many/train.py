@@ -79,7 +79,7 @@ class _Loop:
         accumulate = max(config.optimizer.accumulate for config in configs)
         remat, loss = any(config.train.remat for config in configs), configs[0].loss
         self.rows = Rows(base, members, accumulate)
-        self.evaluation = Evaluation(base, members, self.rows.voices)
+        self.evaluation = Evaluation(base, members, self.rows)
         self.step = make_many_step(base.config, loss, accumulate=accumulate, remat=remat)
         self.evaluate = make_many_eval(base.config, loss)
         self.waiting: deque[tuple[int, dict[str, jax.Array], list[bool]]] = deque()
