@@ -2,7 +2,9 @@
 
 p is the teacher's distribution at a token, q the student's. Differentiated, a chunk yields its gradient with respect to
 the student's hidden states while its logits are at hand (as Liger-Kernel does), and the backward pass only scales it;
-not differentiated, it yields the value alone. The unembeddings and the teacher are constants and get no gradient.
+not differentiated, it yields the value alone. The unembeddings and the teacher are constants and get no gradient. How
+a chunk's loss and gradient are best computed differs by chip and by what is known of the teacher: here is the plain
+way, `kernel`, `kernel_gpu`, `kernel_cpu` and `moments` have the others.
 """
 
 from __future__ import annotations

@@ -89,13 +89,12 @@ class Rows:
             if room is None or settings.steps * settings.batch_size <= len(train):  # each one is visited once at most
                 continue
             folder = member.folder / layout.TEACHER if room == "disk" else None
-            tables = keep_all(
-                teachers, [(train, self._form, folder), (held, Form(), folder and folder / HELD_OUT)]
-            )  # asked about together, in the rows that a bake alone has
-            self._held_out[i] = tables[1].rows
+            kept = [(train, self._form, folder), (held, Form(), folder and folder / HELD_OUT)]
+            table, held_table = keep_all(teachers, kept)  # asked about together, in the rows that a bake alone has
+            self._held_out[i] = held_table.rows
             taken[room] += size
             # On a mesh each device is given what its rows need.
-            (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = tables[0].rows
+            (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
             teachers.let_go()
         if on_device:
             ends = np.cumsum([rows.shape[0] for rows in on_device.values()])
