@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from jaxbake.models.base import Base, load, logits
     from jaxbake.models.decoder import forward
     from jaxbake.models.spec import ModelConfig
-    from jaxbake.objectives import TopK, fused_kl, top_k_of
+    from jaxbake.objectives import Moments, TopK, fused_kl, moments_of, top_k_of
     from jaxbake.recipe import load_recipe
     from jaxbake.run import run_recipe
     from jaxbake.sampling import sample, stream
@@ -70,7 +70,7 @@ _MODULES = {
     "models.base": "Base load logits",
     "models.decoder": "forward",
     "models.spec": "ModelConfig",
-    "objectives": "TopK fused_kl top_k_of",
+    "objectives": "Moments TopK fused_kl moments_of top_k_of",
     "recipe": "load_recipe",
     "run": "run_recipe",
     "sampling": "sample stream",

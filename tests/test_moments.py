@@ -10,6 +10,7 @@ import pytest
 import tiny_base as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_top import TOKENS, VOCAB, WIDTH, make_inputs, value_and_grad
 
 from jaxbake.bake import targets
 from jaxbake.bake.many.loop import BakeSpec, bake_many
@@ -19,24 +20,7 @@ from jaxbake.config import BakeConfig, LossConfig, TeacherConfig
 from jaxbake.errors import JaxbakeError
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import Moments, fused_kl, fused_metrics, moments_of, reference_kl, tiles
-
-TOKENS, VOCAB, WIDTH = 60, 203, 16
-
-
-def make_inputs(logit_std=3.0, seed=0, near=None):
-    """(student hidden, unembedding, teacher hidden, weights), logits of the given deviation."""
-    rng = np.random.default_rng(seed)
-    unembed = rng.normal(size=(VOCAB, WIDTH)) * logit_std / np.sqrt(WIDTH)
-    teacher = rng.normal(size=(TOKENS, WIDTH))
-    student = rng.normal(size=(TOKENS, WIDTH)) if near is None else teacher + near * rng.normal(size=(TOKENS, WIDTH))
-    return [x.astype(np.float32) for x in (student, unembed, teacher, rng.uniform(0.2, 2.0, size=TOKENS))]
-
-
-def value_and_grad(objective, **options):
-    def loss(student, unembed, teacher, weights):
-        return objective(student, unembed, teacher, None, weights, **options)[0]
-
-    return jax.jit(jax.value_and_grad(loss))
+from jaxbake.objectives import moments as module
 
 
 def in_float64(inputs, temperature=1.0):
@@ -130,6 +114,22 @@ def test_no_more_than_a_tile_of_the_logits_is_held(monkeypatch):
     assert VOCAB not in held
 
 
+def test_tokens_come_in_chunks(monkeypatch):
+    student, unembed, teacher, weights = make_inputs()
+    step, given = value_and_grad(fused_kl, chunk_size=1), (jnp.asarray(teacher), jnp.asarray(unembed))
+    whole = moments_of(*given)
+    value, grad = step(student, unembed, whole, weights)
+    monkeypatch.setattr(module, "MOST_TOKENS", 7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moments_of(*given), whole)
+    again = value_and_grad(fused_kl, chunk_size=1)
+    text = again.lower(student, unembed, whole, weights).compile().as_text()
+    assert f"[7,{VOCAB}]" in text or f"[6,{VOCAB}]" in text
+    assert f"[{TOKENS},{VOCAB}]" not in text
+    apart = again(student, unembed, whole, weights)
+    np.testing.assert_allclose(apart[0], value, rtol=1e-6)
+    np.testing.assert_allclose(apart[1], grad, atol=1e-6)
+
+
 def test_tiles_of_any_vocabulary(monkeypatch):
     student, unembed, teacher, weights = inputs = make_inputs(5.0)
     true_value, true_grad = in_float64(inputs)
@@ -221,6 +221,8 @@ def test_which_form_is_kept():
     assert kept_form(warm, replace(plain, vocab_size=4095), jnp.float32) == Form()
     assert kept_form(warm, plain, jnp.bfloat16) == kept_form(warm, capped, jnp.float32) == Form()
     assert kept_form(BakeConfig(loss=LossConfig(divergence="reverse")), plain, jnp.float32) == Form()
+    for implementation in ("xla", "tiled", "pallas"):  # the kernels take hidden states
+        assert kept_form(BakeConfig(loss=LossConfig(implementation=implementation)), plain, jnp.float32) == Form()
     top = BakeConfig(teacher=TeacherConfig(top_k=5))
     assert kept_form(top, plain, jnp.float32) == Form(top_k=5)
     assert kept_form(BakeConfig(), plain, jnp.float32, other=True).top_k

@@ -45,7 +45,6 @@ class Form:
 
 _MADE = {kind._fields: kind for kind in (TopK, Moments)}
 
-
 MOMENTS_FROM = 4096
 """Tokens of a vocabulary. With fewer, the product that moments spare is little beside the layers', and a gradient from
 hidden states has a few more digits."""
@@ -53,13 +52,15 @@ hidden states has a few more digits."""
 
 def kept_form(config: BakeConfig, model: ModelConfig, dtype: Any, other: bool = False) -> Form:
     """What is kept of a teacher whose tokens are visited again: its moments where they say all that the loss asks, with
-    fewer products at every visit; else what the settings say. other: another model than the student's."""
+    fewer products at every visit; else what the settings say. Who names an implementation of the loss gets that one,
+    which takes hidden states. other: another model than the student's."""
     k = config.teacher.tokens_kept(other)
     if k is not None:
         return Form(top_k=k, temperature=config.loss.temperature)
-    enough = config.loss.divergence == "forward" and model.logit_softcap is None and np.dtype(dtype) == np.float32
-    worth_it = enough and model.vocab_size >= MOMENTS_FROM
-    return Form(moments=True, temperature=config.loss.temperature) if worth_it else Form()
+    loss = config.loss
+    enough = loss.divergence == "forward" and model.logit_softcap is None and np.dtype(dtype) == np.float32
+    wanted = loss.implementation == "auto" and model.vocab_size >= MOMENTS_FROM
+    return Form(moments=True, temperature=loss.temperature) if enough and wanted else Form()
 
 
 def columns(rows: np.ndarray) -> Any:

@@ -72,7 +72,8 @@ def fused_kl(
       teacher_softcap: the teacher's; by default the student's.
       beta: the teacher's share of the mixture of `jsd`, between 0 and 1.
       chunk_size: the most tokens whose logits exist at a time; see `default_chunk_size`. On accelerators some hundred
-        are needed for the products to be bound by arithmetic.
+        are needed for the products to be bound by arithmetic. From moments, where only a tile of the vocabulary's
+        exist, it is at least `moments.MOST_TOKENS`.
       implementation: "xla", chunks of tokens; "tiled", these a tile of the vocabulary at a time, which keeps a chunk's
         two arrays of logits and nothing more of that size; "pallas", kernels for a divergence and its gradient that do
         the same; "pallas_recompute", which keeps none at 3/2 to 7/3 of the products. Where there is no TPU or GPU they
@@ -145,7 +146,7 @@ def fused_metrics(
 def _token_losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
     """The divergence at each token [N]."""
     if isinstance(tokens.teacher, Moments):
-        return moments.losses(how, tokens, heads)
+        return moments.losses_and_grads(how, tokens, heads)[0]
     return map_tokens(lambda *chunk: (_chunk_loss(*chunk)[0], None), how, tokens, heads)[0]
 
 

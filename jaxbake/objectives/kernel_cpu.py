@@ -1,8 +1,8 @@
 """The divergences and their gradients on a CPU, a tile of the vocabulary at a time (XLA).
 
 As `objectives.kernel`: the first sweep makes the logits of a chunk of tokens and reduces each tile while it is in the
-cache; the last one reads them back for the divergence's terms and slopes, and adds slopes @ W up. The products have few
-hundred terms each: over a whole vocabulary of terms XLA's are a good deal slower.
+cache; the last one reads them back for the divergence's terms and slopes, and adds slopes @ W up, a tile's rows at a
+time: over the whole vocabulary at once XLA's product is slower.
 """
 
 from __future__ import annotations

@@ -29,10 +29,12 @@ def soft_logits(hidden_ND: jax.Array, unembed_VD: jax.Array, softcap: float | No
 
 
 def student_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
+    """The student's logits of a chunk's tokens over the part of the vocabulary at hand [C, V]."""
     return _real(heads, soft_logits(tokens.hidden_ND, heads.student_VD, how.softcap, how.temperature))
 
 
 def teacher_logits(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
+    """The teacher's, from its hidden states, likewise."""
     unembed_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
     return _real(heads, soft_logits(tokens.teacher, unembed_VE, how.teacher_softcap, how.temperature))
 

@@ -22,8 +22,8 @@ from jax import lax
 from jaxbake.errors import JaxbakeError
 from jaxbake.objectives.chunks import map_tokens
 from jaxbake.objectives.inputs import Divergence, Heads, Moments, Tokens, prepare
-from jaxbake.objectives.logits import dot_settings, student_logits
-from jaxbake.objectives.sums import ABSENT, normaliser
+from jaxbake.objectives.logits import dot_settings
+from jaxbake.objectives.sums import ABSENT
 from jaxbake.objectives.tiles import Tile, sweep
 
 MOST_TOKENS = 1024
@@ -41,7 +41,7 @@ def moments_of(hidden_ND: jax.Array, unembed_VD: jax.Array, *, temperature: floa
     Raises JaxbakeError for hidden states in low precision, whose moments would not be precise enough.
     """
     if jnp.finfo(hidden_ND.dtype).bits < 32:
-        raise JaxbakeError(f"hidden_ND is {hidden_ND.dtype}; moments need float32")
+        raise JaxbakeError(f"hidden_ND is {hidden_ND.dtype}; moments need float32: keep the hidden states as they are")
     how, tokens, heads, _ = prepare(
         hidden_ND, unembed_VD, hidden_ND, None, jnp.ones(hidden_ND.shape[:-1]), temperature=temperature,
     )  # fmt: skip
@@ -50,13 +50,8 @@ def moments_of(hidden_ND: jax.Array, unembed_VD: jax.Array, *, temperature: floa
     return lax.stop_gradient(Moments(mean_ND.reshape(hidden_ND.shape), entropy_N.reshape(hidden_ND.shape[:-1])))
 
 
-def losses(how: Divergence, tokens: Tokens, heads: Heads) -> jax.Array:
-    """KL(p || q) at each token [N]."""
-    return _divergence(how, tokens, map_tokens(_partition, how, tokens._replace(teacher=None), heads)[0])
-
-
 def losses_and_grads(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:
-    """The same, and its derivative by the student's hidden states [N, D]."""
+    """KL(p || q) at each token [N], and its derivative by the student's hidden states [N, D]."""
     log_z_N, mean_ND = _map_means(how, tokens, heads)
     return _divergence(how, tokens, log_z_N), (mean_ND - tokens.teacher.mean) / how.temperature
 
@@ -74,12 +69,6 @@ def _map_means(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array
     """log Z [N] and E_q[W] [N, D]."""
     how = replace(how, chunk_size=max(how.chunk_size, MOST_TOKENS))
     return map_tokens(_partition_and_mean, how, tokens._replace(teacher=None), heads)
-
-
-def _partition(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, None]:
-    """log Z of a chunk's tokens [C]."""
-    max_C1, log_sum_C1 = normaliser(student_logits(how, tokens, heads), how.axes)
-    return (max_C1 + log_sum_C1)[:, 0], None
 
 
 def _partition_and_mean(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[jax.Array, jax.Array]:

@@ -14,8 +14,7 @@ from jaxbake.objectives.logits import soft_logits
 from jaxbake.objectives.sums import ABSENT
 
 ROWS = 1024
-"""Rows of a tile, about. Fewer make products too small, and more do not fit the cache: from 640 to 2,000 it makes no
-difference (32,000 x 512 and 128,256 x 768, two cores with 2 MiB each)."""
+"""Rows of a tile, about: fewer make small products, and more do not stay in the cache."""
 
 
 class Tile(NamedTuple):

@@ -133,9 +133,9 @@ class _Loop:
     def _advance(self) -> list[int]:
         """A step; returns the members that took part."""
         was = self._active()
-        hidden = self.rows.teacher(self.n, self.places, self.batch)
+        known = self.rows.teacher(self.n, self.places, self.batch)
         batch = put_batch(self.batch, self.base.mesh)
-        self.state, metrics = self.step(self.state, self.hypers, np.array(was), self.base.params, batch, hidden)
+        self.state, metrics = self.step(self.state, self.hypers, np.array(was), self.base.params, batch, known)
         self.n += 1
         self.waiting.append((self.n, metrics, was))
         self.batch = self.rows.batch(self.n, self.places)  # while the step runs
