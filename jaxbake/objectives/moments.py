@@ -22,7 +22,7 @@ from jax import lax
 from jaxbake.errors import JaxbakeError
 from jaxbake.objectives.chunks import map_tokens
 from jaxbake.objectives.inputs import Divergence, Heads, Moments, Tokens, prepare
-from jaxbake.objectives.logits import dot_settings
+from jaxbake.objectives.logits import dot_settings, soft_logits
 from jaxbake.objectives.sums import ABSENT
 from jaxbake.objectives.tiles import Tile, sweep
 
@@ -78,9 +78,9 @@ def _partition_and_mean(how: Divergence, tokens: Tokens, heads: Heads) -> tuple[
     """
     dtype = jnp.promote_types(tokens.hidden_ND.dtype, jnp.float32)
 
-    def add(carry: tuple[jax.Array, ...], tile: Tile, _: None) -> tuple[tuple[jax.Array, ...], None]:
+    def add(carry: tuple[jax.Array, ...], tile: Tile) -> tuple[tuple[jax.Array, ...], None]:
         peak_C1, total_C1, sum_CD = carry
-        s_CV, _ = tile.logits(how, tokens)
+        s_CV = tile.masked(soft_logits(tokens.hidden_ND, tile.student_VD, how.softcap, how.temperature))
         higher_C1 = jnp.maximum(peak_C1, jnp.max(s_CV, axis=1, keepdims=True))
         share_C1 = jnp.exp(peak_C1 - higher_C1)
         exp_CV = lax.optimization_barrier(jnp.exp(s_CV - higher_C1))

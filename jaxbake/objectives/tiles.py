@@ -9,31 +9,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbake.objectives.inputs import Divergence, Heads, Tokens
-from jaxbake.objectives.logits import soft_logits
+from jaxbake.objectives.inputs import Heads
 from jaxbake.objectives.sums import ABSENT
 
-ROWS = 1024
+ROWS = 2048
 """Rows of a tile, about: fewer make small products, and more do not stay in the cache."""
 
 
 class Tile(NamedTuple):
-    """Rows of the unembeddings. columns: their places in the part of the vocabulary at hand. real: which of them count
-    here, bool; None: all."""
+    """Rows of the student's unembedding, from `start` on. real: which of them count here, bool; None: all."""
 
     student_VD: jax.Array
-    teacher_VE: jax.Array
-    columns: jax.Array
+    start: jax.Array
     real: jax.Array | None
 
-    def logits(self, how: Divergence, tokens: Tokens) -> tuple[jax.Array, jax.Array | None]:
-        """The student's and the teacher's [C, rows]; None for one whose hidden states there are not."""
-        s = self._masked(soft_logits(tokens.hidden_ND, self.student_VD, how.softcap, how.temperature))
-        if tokens.teacher is None:
-            return s, None
-        return s, self._masked(soft_logits(tokens.teacher, self.teacher_VE, how.teacher_softcap, how.temperature))
+    @property
+    def columns(self) -> jax.Array:
+        """Their places in the part of the vocabulary at hand."""
+        return self.start + jnp.arange(self.student_VD.shape[0])
 
-    def _masked(self, logits: jax.Array) -> jax.Array:
+    def of(self, logits_CV: jax.Array) -> jax.Array:
+        """These columns of logits over the whole part."""
+        size = self.student_VD.shape[0]
+        if size < logits_CV.shape[1]:
+            logits_CV = lax.dynamic_slice_in_dim(logits_CV, self.start, size, axis=1)
+        return self.masked(logits_CV)
+
+    def masked(self, logits: jax.Array) -> jax.Array:
+        """Logits, with those that do not count made nothing of by any softmax."""
         return logits if self.real is None else jnp.where(self.real, logits, ABSENT)
 
 
@@ -47,21 +50,18 @@ def cut(vocab: int) -> tuple[int, int]:
     return -(-vocab // size), size
 
 
-def sweep(f: Callable[[Any, Tile, Any], tuple[Any, Any]], carry: Any, heads: Heads, xs: Any = None) -> tuple[Any, Any]:
-    """`lax.scan` of `f(carry, tile, x) -> (carry, y)` over the tiles of the unembeddings; xs: of each tile."""
+def sweep(f: Callable[[Any, Tile], tuple[Any, Any]], carry: Any, heads: Heads) -> tuple[Any, Any]:
+    """`lax.scan` of `f(carry, tile) -> (carry, y)` over the tiles of the student's unembedding."""
     vocab = heads.student_VD.shape[0]
     count, size = cut(vocab)
-    teacher_VE = heads.student_VD if heads.teacher_VE is None else heads.teacher_VE
 
-    def one(carry: Any, ix: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-        i, x = ix
+    def one(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         start = jnp.minimum(i * size, vocab - size)
         columns, real = start + jnp.arange(size), None
         if count * size != vocab:
             real = columns >= i * size
         if heads.valid is not None:
             real = (columns < heads.valid) & (True if real is None else real)
-        student, teacher = (lax.dynamic_slice_in_dim(table, start, size) for table in (heads.student_VD, teacher_VE))
-        return f(carry, Tile(student, teacher, columns, real), x)
+        return f(carry, Tile(lax.dynamic_slice_in_dim(heads.student_VD, start, size), start, real))
 
-    return lax.scan(one, carry, (jnp.arange(count), xs))
+    return lax.scan(one, carry, jnp.arange(count))
