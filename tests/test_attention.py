@@ -9,7 +9,7 @@ import pytest
 
 from jaxbake.chip import Chip
 from jaxbake.errors import JaxbakeError
-from jaxbake.models import flash
+from jaxbake.models import attention, flash
 from jaxbake.models.attention import Keys, Seen, attend, attend_jax_nn, choose
 
 B, T, N, K, H, P = 2, 40, 4, 2, 16, 24
@@ -76,6 +76,21 @@ def test_long_rows_take_the_backward_pass_in_pieces(monkeypatch):
     pieces = jax.jit(lambda: both(*made, None, partial(flash.attend, tiles=(64, 64, 64, 64), interpret=True)))()
     for a, b in zip(pieces, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("case", "softcap"), [({}, None), (EVERYTHING, 6.0)])
+def test_rows_in_turn_are_rows_at_once(case, softcap, monkeypatch):
+    q, blocks, real = make(**case)
+
+    def out():
+        traced = jax.jit(lambda: attend(q, blocks, scale=0.3, softcap=softcap)).trace()
+        return str(traced.jaxpr).count("scan["), traced.lower().compile()()
+
+    at_once, expected = out()
+    monkeypatch.setattr(attention, "MOST_LOGITS", 0)
+    in_turn, found = out()
+    assert (at_once, in_turn) == (0, 1)
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", [{}, {"blocks": ("own",), "window": 13}, EVERYTHING], ids=["prefix", "own", "cache"])

@@ -14,6 +14,7 @@ A kernel is not split by the partitioner: arrays over several devices reach it t
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -23,11 +24,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbake.chip import Chip, chip
 from jaxbake.errors import JaxbakeError
+from jaxbake.models import apart
 from jaxbake.models.linear import LINEAR, einsum
 
 MASKED = -1e30
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
 FEWEST_QUERIES = 64
+MOST_LOGITS = 2**22
+"""So many numbers are left in a CPU's cache from one step of attention to the next."""
 
 
 class Seen(NamedTuple):
@@ -162,7 +166,31 @@ def _attend_xla(q_BTNH: jax.Array, blocks: list[Keys], scale: float, softcap: fl
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _softmax_mix(scale: float, softcap: float | None, q_BKGTH: jax.Array, keys: list, values: list, masks: list):
     """Attention of grouped queries over all blocks [B, K, G, T, H]. Its gradient keeps no weights, but their sums."""
+    if _by_rows(q_BKGTH, keys):
+        return _mix_rows(scale, softcap, q_BKGTH, keys, values, masks)
     return _softmax_mix_fwd(scale, softcap, q_BKGTH, keys, values, masks)[0]
+
+
+def _by_rows(q_BKGTH: jax.Array, keys: list) -> bool:
+    """Whether to take a row after the other, for a CPU, whose cache the logits over a prompt would not fit."""
+    here, rows = chip(), q_BKGTH.shape[:-1]
+    logits = math.prod(rows) * sum(k.shape[-3] for k in keys)
+    shares = any(k.ndim == 3 for k in keys)
+    return here.platform == "cpu" and here.alone and shares and rows[0] > 1 and logits >= MOST_LOGITS
+
+
+def _mix_rows(scale, softcap, q_BKGTH, keys, values, masks):
+    """The same, row by row; keys and values are turned as the products want them once for all rows."""
+    turned = [(jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2)) for k, v in zip(keys, values, strict=True)]
+    turned = jax.lax.optimization_barrier(turned)
+    own = [None if kv[0].ndim == 3 else kv for kv in turned]
+
+    def mix(row):
+        q_KGTH, mine, masks_TS = jax.tree.map(lambda x: x[None], row)
+        pairs = [apart.seen(*(kv if k is None else k)) for kv, k in zip(turned, mine, strict=True)]
+        return _softmax_mix_fwd(scale, softcap, q_KGTH, *map(list, zip(*pairs, strict=True)), masks_TS)[0][0]
+
+    return jax.lax.map(mix, (q_BKGTH, own, masks))
 
 
 def _softmax_mix_fwd(scale, softcap, q, keys, values, masks):
