@@ -160,8 +160,13 @@ def test_cached_prefix(pair):
     prefix = our_prefix(params, tokens[0, :6], config)
     visible = np.repeat(np.array([[6], [0]], np.int32), 8, axis=1)
     ours = our_logits(params, tokens[:, 6:], config, prefix=prefix, prefix_visible=visible)
-    assert_close(ours[0], their_logits(pair.theirs, tokens[0])[6:])
-    assert_close(ours[1], their_logits(pair.theirs, tokens[1, 6:]))
+    theirs = their_logits(pair.theirs, tokens[0])[6:], their_logits(pair.theirs, tokens[1, 6:])
+    assert_close(ours[0], theirs[0])
+    assert_close(ours[1], theirs[1])
+    at = np.array([[2, 7, 0], [5, 5, 6]], np.int32)  # these positions alone
+    ours = our_logits(params, tokens[:, 6:], config, prefix=prefix, prefix_visible=visible, at=at)
+    assert_close(ours[0], theirs[0][at[0]])
+    assert_close(ours[1], theirs[1][at[1]])
 
 
 def greedy(base: Base, prompt: np.ndarray, count: int) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxbake.bake import teacher
 from jaxbake.bake.step import init_state, learning_rate, make_bake_step, make_eval_step, make_optimizer
 from jaxbake.bake.teacher import hidden_at
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -62,12 +63,15 @@ def prefix(params):
     return jax.jit(lambda p: prefix_from(p, None, jnp.asarray(PROMPT), config=CONFIG))(params)
 
 
-@pytest.fixture(scope="module")
-def compiled(params, prefix):
+@pytest.fixture(scope="module", params=[False, True], ids=["all positions", "wanted positions"])
+def compiled(request, params, prefix):
     config = bake_config("all")
     few = make_batch(1, length=11)  # tokens, so that no factors are added to the weights, which makes such sizes too
     args = init_state(jax.random.key(0), CONFIG, config), params, few, prefix
-    traced = make_bake_step(CONFIG, config).trace(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(teacher, "WORTH_FLOPS", 0)
+        traced = make_bake_step(CONFIG, config).trace(*args)
     return args, traced, traced.lower().compile()
 
 
@@ -192,22 +196,25 @@ def test_every_factor_gets_a_gradient_under_compilation(params, prefix):
     assert all(jax.tree.leaves(changed)), changed
 
 
-def test_loss_and_gradient_are_those_of_the_reference(params, prefix):
-    """The mean over weighted tokens of KL(teacher || student), computed in full; plain SGD shows the gradient."""
+@pytest.mark.parametrize("worth", [teacher.WORTH_FLOPS, 0], ids=["all positions", "wanted positions"])
+def test_loss_and_gradient_are_those_of_the_reference(params, prefix, worth, monkeypatch):
+    """The mean over weighted tokens of KL(teacher || student), computed in full; plain SGD shows the gradient. With the
+    last layer at all positions or at those that are matched."""
     config, batch = bake_config(clip_norm=None), make_batch(4)
     state = init_state(jax.random.key(0), CONFIG, config)
     state = state.replace(delta=state.delta.replace(factors=jax.tree.map(lambda x: x + 0.01, state.delta.factors)))
 
     def loss(factors):
         student = hidden_at(params, state.delta.replace(factors=factors), batch.student, config=CONFIG)
-        teacher = hidden_at(params, None, batch.teacher, config=CONFIG, prefix=prefix)
-        total, count = reference_kl(student, unembedding(params), teacher, unembedding(params), batch.weights)
+        prompted = hidden_at(params, None, batch.teacher, config=CONFIG, prefix=prefix)
+        total, count = reference_kl(student, unembedding(params), prompted, unembedding(params), batch.weights)
         return total / count
 
     value, gradient = jax.value_and_grad(loss)(state.delta.factors)
     before = jax.tree.map(np.array, state.delta.factors)
     sgd = optax.sgd(1.0)
     step = make_bake_step(CONFIG, config, sgd)
+    monkeypatch.setattr(teacher, "WORTH_FLOPS", worth)
     state, metrics = step(state.replace(opt_state=sgd.init(state.delta.factors)), params, batch, prefix)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     assert float(metrics["tokens"]) == batch.weights.sum()

@@ -7,11 +7,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxbake.chip import chip
 from jaxbake.data.batches import Batch, View
 from jaxbake.mesh import constrain, mesh_of
 from jaxbake.models.decoder import Prefix, forward
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import SoftTargets
+
+WORTH_FLOPS = 2**28
+"""Of a forward pass: what takes a CPU about a millisecond, and compiling a layer about a second."""
 
 
 class Targets(NamedTuple):
@@ -43,13 +47,22 @@ def hidden_at(
     remat: bool = False,
 ) -> jax.Array:
     """Hidden states [B, K, D] at the positions that predict the matched tokens of a view."""
-    visible = {} if prefix is None else {"prefix": prefix, "prefix_visible": view.prefix}
-    hidden_BTD = forward(
-        params, delta, view.tokens, config=config, positions=view.positions, segment_ids=view.segments, remat=remat,
-        **visible,
-    )  # fmt: skip
-    hidden_BTD = constrain(hidden_BTD, ("batch", None, None), mesh_of(params))
+    options = {} if prefix is None else {"prefix": prefix, "prefix_visible": view.prefix}
+    told = params, delta, view.tokens
+    options |= {"config": config, "positions": view.positions, "segment_ids": view.segments, "remat": remat}
+    mesh = mesh_of(params)
+    if mesh is None and _saves(view, config):
+        return forward(*told, at=view.index, **options)
+    hidden_BTD = constrain(forward(*told, **options), ("batch", None, None), mesh)
     return jnp.take_along_axis(hidden_BTD, view.index[..., None], axis=1)
+
+
+def _saves(view: View, config: ModelConfig) -> bool:
+    """Whether what the last layer need not do (see `forward`'s `at`) is worth compiling that layer by itself: on a CPU,
+    whose models have few layers."""
+    unasked = view.tokens.size - view.index.size
+    weights = 2 * config.num_heads * config.head_dim + 3 * config.intermediate_size
+    return chip().platform == "cpu" and 2 * unasked * config.hidden_size * weights >= WORTH_FLOPS
 
 
 def prompted_self(config: ModelConfig) -> Teacher:

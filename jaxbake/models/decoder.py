@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -78,20 +79,29 @@ def _activation(config: ModelConfig):
     raise ValueError(f"unknown activation {config.activation}")
 
 
-def _project_qkv(x, layer, factors, scale, config: ModelConfig):
+def _take(x_BTX: jax.Array, at_BK: jax.Array | None) -> jax.Array:
+    """What belongs to these positions of each row; None: to all."""
+    if at_BK is None:
+        return x_BTX
+    return jnp.take_along_axis(x_BTX, at_BK.reshape(*at_BK.shape, *[1] * (x_BTX.ndim - 2)), axis=1)
+
+
+def _project_qkv(x, at, layer, factors, scale, config: ModelConfig):
+    """Queries (of the positions `at`), keys and values."""
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     if config.fused_projections:
         q, key, value = jnp.split(linear(x, layer, "qkv_proj", factors, scale), [n * h, (n + k) * h], axis=-1)
+        q = _take(q, at)
     else:
-        q, key, value = (linear(x, layer, slot, factors, scale) for slot in ("q_proj", "k_proj", "v_proj"))
+        q = linear(_take(x, at), layer, "q_proj", factors, scale)
+        key, value = (linear(x, layer, slot, factors, scale) for slot in ("k_proj", "v_proj"))
 
     def norm(y, name):
         return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
 
     if config.qk_norm == "full":
         q, key = norm(q, "q_norm"), norm(key, "k_norm")
-    b, t = x.shape[:2]
-    q, key, value = q.reshape(b, t, n, h), key.reshape(b, t, k, h), value.reshape(b, t, k, h)
+    q, key, value = (y.reshape(*y.shape[:2], -1, h) for y in (q, key, value))
     if config.qk_norm == "head":
         q, key = norm(q, "q_norm"), norm(key, "k_norm")
     return q, key, value
@@ -123,6 +133,34 @@ def _kept(block, remat: bool, mesh: AnyMesh | None):
     return jax.checkpoint(block, policy=policy, prevent_cse=False)  # needless under scan
 
 
+def _asked(seen: Seen, at_BK: jax.Array | None) -> Seen:
+    """What the queries of these positions see."""
+    return seen._replace(
+        last=_take(seen.last, at_BK), segments=None if seen.segments is None else _take(seen.segments, at_BK)
+    )
+
+
+def _scan_to(at_BK: jax.Array, block: Callable, kept: Callable, x: jax.Array, layers: tuple) -> tuple[jax.Array, dict]:
+    """As `jax.lax.scan` of a block over (parameters, factors, details, memory), the last one at these positions."""
+    params, factors, details, memory = layers
+    last = details["window"].shape[0] - 1
+
+    def layer(i):  # one by one out of the whole: the others as an array of their own would be a copy
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (params, details, memory))
+
+    def before(x, xs):
+        params, details, memory = layer(xs[0])
+        return block(x, (params, xs[1], details, memory))
+
+    def end(x, factors):
+        params, details, memory = layer(last)
+        return block(x, (params, factors, details, memory), at_BK)
+
+    x, kv = jax.lax.scan(kept(before), x, (jnp.arange(last), jax.tree.map(lambda f: f[:-1], factors)))
+    x, more = kept(end)(x, jax.tree.map(lambda f: f[-1], factors))
+    return x, jax.tree.map(lambda rest, one: jnp.concatenate([rest, one[None]]), kv, more)
+
+
 def segment_positions(segments_BT: jax.Array) -> jax.Array:
     """Position of every token inside its own segment, for rows packed with consecutive segments."""
     index = jnp.arange(segments_BT.shape[1])
@@ -143,11 +181,12 @@ def forward_kv(
     cache: Cache | None = None,
     remat: bool = False,
     final_norm: bool = True,
+    at: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `forward`, and the keys and values of these tokens: {"k", "v"} [L, B, T, K, H].
+    """As `forward`, and the keys and values of all these tokens: {"k", "v"} [L, B, T, K, H].
 
-    With a cache, the tokens also see the cached tokens of their own row and segment; `append` stores the new ones.
-    Without `final_norm`, the first are what the last layer leaves. Layers, prefix and cache may lie apart
+    With a cache (and no `at`), the tokens also see the cached tokens of their own row and segment; `append` stores the
+    new ones. Without `final_norm`, the first are what the last layer leaves. Layers, prefix and cache may lie apart
     (`models.apart`): then the second are the cache's, the new ones written.
     """
     b, t = tokens_BT.shape
@@ -158,6 +197,8 @@ def forward_kv(
             positions = positions + prefix_visible
     if prefix is not None and prefix_visible is None:
         raise ValueError("a prefix needs prefix_visible: how many of its tokens each token sees")
+    if at is not None and cache is not None:
+        raise ValueError("at: is for whole rows; with a cache, give the tokens that are wanted alone")
 
     in_turn = apart.is_apart(params["layers"])
     blocks = []  # what the queries see of each block of keys, in the order of `memory`, the rows' own last
@@ -193,7 +234,7 @@ def forward_kv(
     if cache is not None:
         memory["cache"] = (cache.k, cache.v)
 
-    def block(x, xs):
+    def block(x, xs, at=None):
         layer, factors, info, memory = xs
         if not still:
             layer, factors = whole_layer(layer, factors, config, mesh)
@@ -204,9 +245,9 @@ def forward_kv(
             return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
 
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
-        q, k, v = _project_qkv(norm(x, "input_layernorm") if before else x, layer, factors, scale, config)
+        q, k, v = _project_qkv(norm(x, "input_layernorm") if before else x, at, layer, factors, scale, config)
         table = (cos[0], sin[0]) if len(config.ropes) == 1 else (cos[info["rope"]], sin[info["rope"]])
-        q = constrain(rope.rotate(q, *table), ("batch", "seq", "heads", None), mesh)
+        q = constrain(rope.rotate(q, *(_take(angle, at) for angle in table)), ("batch", "seq", "heads", None), mesh)
         k = constrain(rope.rotate(k, *table), ("batch", "seq", "kv_heads", None), mesh)
         v = constrain(v, ("batch", "seq", "kv_heads", None), mesh)
         if in_turn:
@@ -214,11 +255,12 @@ def forward_kv(
             keys = [apart.seen(*kv) for kv in ([memory["prefix"]] if "prefix" in memory else []) + [(k, v)]]
         else:
             keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
-        first = positions - info["window"] + 1 if any(windows) else None
-        seen_keys = [Keys(*kv, seen._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
+        first = _take(positions - info["window"] + 1, at) if any(windows) else None
+        seen_keys = [Keys(*kv, _asked(seen, at)._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
         y = attend_on(mesh, q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
         y = constrain(y, (rows, "seq", "heads"), mesh)
         y = linear(y, layer, "o_proj", factors, scale)
+        x = _take(x, at)
         x = constrain(x + (norm(y, "post_attention_layernorm") if after else y), hidden_axes, mesh)
         mlp_norm = {"pre": "post_attention_layernorm", "sandwich": "pre_feedforward_layernorm"}
         y = _mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config, mesh, rows)
@@ -227,7 +269,12 @@ def forward_kv(
 
     layers = params["layers"], None if delta is None else delta.factors, per_layer, memory
     with in_context(mesh):
-        x, kv = apart.scan(block, x, layers) if in_turn else jax.lax.scan(_kept(block, remat, mesh), x, layers)
+        if in_turn:
+            x, kv = apart.scan(block, x, layers)
+        elif at is None:
+            x, kv = jax.lax.scan(_kept(block, remat, mesh), x, layers)
+        else:
+            x, kv = _scan_to(at, block, lambda f: _kept(f, remat, mesh), x, layers)
     return rms_norm(x, params["norm"], config.norm_eps, config.norm_offset) if final_norm else x, kv
 
 
@@ -242,6 +289,8 @@ def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfi
       segment_ids: int32 [B, T]; tokens see only their own segment; 0 marks padding. By default one segment a row.
       prefix, prefix_visible: a shared `Prefix`, and how many of its tokens each token sees, int32 [B, T].
       remat: recompute each block in the backward pass.
+      at: int32 [B, K], the positions in the rows that are wanted: the result is [B, K, D], and the last layer, which is
+        compiled by itself then, does nothing for the others but their keys and values.
     """
     return forward_kv(params, delta, tokens_BT, config=config, **options)[0]
 
