@@ -163,7 +163,8 @@ def run_recipes(
     if all(job.finished for job in jobs):
         return [job.finished for job in jobs]
     rows = min(job.recipe.bake.train.batch_size for job in jobs)
-    base = load(first.model, dtype=first.dtype, mesh=first.bake.mesh, rows=rows, quantize=first.quantize)
+    mesh = first.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
+    base = load(first.model, dtype=first.dtype, mesh=mesh, rows=rows, quantize=first.quantize)
     specs = [
         BakeSpec(
             job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,

@@ -93,7 +93,8 @@ def _wait(pids: list[int], seconds: float) -> list[int]:
 def _child(
     arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, peer_timeout: int = 20, model: str = ""
 ) -> None:
-    """One process of the command line, whose recipe is a bake of the tiny model and its exports.
+    """One process of the command line, whose recipe is a bake of the tiny model and its exports (of `bake-many`, the
+    bakes of test_many).
 
     Process 0 says where it is, and what that has cost. pause: seconds after each step. model: a folder that has
     the tiny model, which is then read from there and also exported merged.
@@ -108,6 +109,7 @@ def _child(
     import jaxbake as jb
     from jaxbake import run
     from jaxbake.cli import app, show
+    from jaxbake.errors import TrainingDiverged
 
     faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where a process stands
     jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"jaxbake-tests-{os.getuid()}"))
@@ -133,9 +135,19 @@ def _child(
             jb.save_merged(base, result.delta, output / "merged", card=result.card)
         return result
 
+    def run_recipes(recipes, output, progress):
+        from test_many import STEADY
+
+        base = tiny.spread(tiny.tiny_base(), jb.mesh(f"fsdp={jax.device_count()}"))
+        try:
+            return jb.bake_many(base, STEADY, output, progress=progress)
+        except TrainingDiverged as error:
+            print("diverged:", error, sorted(error.deltas), flush=True)
+            return []
+
     show.Bars.__call__ = say
     show.print_json = lambda value: print("done", flush=True)
-    run.run_recipe = run_recipe
+    run.run_recipe, run.run_recipes = run_recipe, run_recipes
     jb.BakeResult.to_dict = lambda self: {}
     os.environ["JAXBAKE_PEER_TIMEOUT"] = str(peer_timeout)
     app([*arguments, "--json"])

@@ -19,6 +19,40 @@ Mesh = Annotated[
     ),
 ]
 HOSTS = "Several processes (a pod)"
+Pod = Annotated[
+    bool, typer.Option("--pod", help="One host of a TPU pod or Slurm job; all is detected.", rich_help_panel=HOSTS)
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator", metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=HOSTS,
+        envvar=["JAXBAKE_COORDINATOR", "JAX_COORDINATOR_ADDRESS"],
+    ),
+]  # fmt: skip
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", min=1, help="How many processes bake together.", rich_help_panel=HOSTS,
+        envvar=["JAXBAKE_PROCESSES", "JAX_NUM_PROCESSES"],
+    ),
+]  # fmt: skip
+Process = Annotated[
+    int | None,
+    typer.Option(
+        "--process", min=0, help="Which of them this one is, from 0.", rich_help_panel=HOSTS,
+        envvar=["JAXBAKE_PROCESS", "JAX_PROCESS_ID"],
+    ),
+]  # fmt: skip
+Preemptible = Annotated[
+    bool, typer.Option("--preemptible", help="Refuse to start where SIGTERM would lose work.", rich_help_panel=HOSTS)
+]
+PeerTimeout = Annotated[
+    int,
+    typer.Option(
+        "--peer-timeout", min=5, help="Seconds of silence until a process is taken for dead.", rich_help_panel=HOSTS,
+        envvar="JAXBAKE_PEER_TIMEOUT",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 
 
@@ -54,43 +88,14 @@ def bake(
         typer.Option("--output", "-o", help="Folder to write to, or gs://... [default: the recipe's output/name]"),
     ] = None,
     mesh: Mesh = None,
-    pod: Annotated[
-        bool, typer.Option("--pod", help="One host of a TPU pod or Slurm job; all is detected.", rich_help_panel=HOSTS)
-    ] = False,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(
-            "--coordinator", metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=HOSTS,
-            envvar=["JAXBAKE_COORDINATOR", "JAX_COORDINATOR_ADDRESS"],
-        ),
-    ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            "--processes", min=1, help="How many processes bake together.", rich_help_panel=HOSTS,
-            envvar=["JAXBAKE_PROCESSES", "JAX_NUM_PROCESSES"],
-        ),
-    ] = None,
-    process: Annotated[
-        int | None,
-        typer.Option(
-            "--process", min=0, help="Which of them this one is, from 0.", rich_help_panel=HOSTS,
-            envvar=["JAXBAKE_PROCESS", "JAX_PROCESS_ID"],
-        ),
-    ] = None,
-    preemptible: Annotated[
-        bool,
-        typer.Option("--preemptible", help="Refuse to start where SIGTERM would lose work.", rich_help_panel=HOSTS),
-    ] = False,
-    peer_timeout: Annotated[
-        int,
-        typer.Option(
-            "--peer-timeout", min=5, help="Seconds of silence until a process is taken for dead.",
-            rich_help_panel=HOSTS, envvar="JAXBAKE_PEER_TIMEOUT",
-        ),
-    ] = 100,
+    pod: Pod = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
+    preemptible: Preemptible = False,
+    peer_timeout: PeerTimeout = 100,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Bake the prompt of a recipe into its model: sample, train, evaluate, export.
 
     The output folder holds the delta with its card, the same delta for Hugging Face PEFT (peft/), the sampled
@@ -152,32 +157,46 @@ def bake_many(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; may be given often."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to hold a folder for each. [default: the recipes']")
+        str | None,
+        typer.Option("--output", "-o", help="Folder to hold a folder for each, or gs://... [default: the recipes']"),
     ] = None,
+    mesh: Mesh = None,
+    pod: Pod = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
+    preemptible: Preemptible = False,
+    peer_timeout: PeerTimeout = 100,
     as_json: Json = False,
 ) -> None:
     """Bake the prompts of several recipes at once: trained together, one pass over the model serves them all.
 
     Each comes out as **jaxbake bake** makes it alone, in a folder of its own by its name. Prompts, stimuli, ranks,
     learning rates, steps and seeds may differ; the model and the loss must be the same. A bake that diverges does not
-    touch the others. What is finished is left as it is, and the same command continues what was interrupted.
+    touch the others. What is finished is left as it is, and the same command continues what was interrupted. On several
+    devices and hosts it goes as **jaxbake bake** does.
 
     Examples:
 
       jaxbake bake-many prompts/*.yaml
 
       jaxbake bake-many configs/persona.yaml configs/facts.yaml --set bake.train.steps=100 --output runs/two
+
+      jaxbake bake-many prompts/*.yaml --mesh auto --pod --preemptible --output gs://bucket/many
     """
     from jaxbake.recipe import load_recipe
 
-    loaded = [(load_recipe(path, overrides or []), path.parent) for path in recipes]
+    loaded = [(load_recipe(path, _meshed(overrides or [], mesh)), path.parent) for path in recipes]
     from jaxbake import hosts
 
-    hosts.start()
+    where = {"coordinator": coordinator, "processes": processes, "process": process, "pod": pod}
+    hosts.start(**where, preemptible=preemptible, peer_timeout=peer_timeout)
     from jaxbake.run import run_recipes
 
-    with show.Bars() as progress:
+    with show.Bars() if hosts.is_first() else nullcontext() as progress:
         outcomes = run_recipes(loaded, output, progress)
+    if not hosts.is_first():
+        return
     if as_json:
         show.print_json([outcome.to_dict() for outcome in outcomes])
         return

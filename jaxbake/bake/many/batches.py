@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbake import hosts
 from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, put_view
 from jaxbake.bake.asking import in_form, teacher_hidden_of
@@ -85,7 +86,8 @@ class Rows:
         for i, (member, teachers) in enumerate(zip(self._members, self._teachers, strict=True)):
             settings, (train, held) = member.config.train, self._which(i)
             size = teachers.size(train, self._form)
-            room = where_to_keep(size, settings, member.folder, taken)
+            local = member.folder if jax.process_count() == 1 else None
+            room = where_to_keep(size, settings, local, taken)
             if room is None or settings.steps * settings.batch_size <= len(train):  # each one is visited once at most
                 continue
             folder = member.folder / layout.TEACHER if room == "disk" else None
@@ -152,13 +154,10 @@ class Evaluation:
     def __init__(self, base: Base, members: Sequence[Any], rows: Rows):
         own = rows.batches([m.held_out for m in members])
         self._mesh = base.mesh
-        self._parts: list[list[tuple[Batch, jax.Array]]] = []
+        self._parts: list[list[tuple[Batch, np.ndarray]]] = []
         for i, batches in enumerate(own):
             said = rows.held_out(i)
-            found = []
-            for batch in batches.all():
-                found.append((batch, put(said[np.maximum(batch.source, 0)], HIDDEN_AXES, base.mesh)))
-            self._parts.append(found)
+            self._parts.append([(batch, said[np.maximum(batch.source, 0)]) for batch in batches.all()])
         self._joined: dict[tuple[int, ...], list[tuple[Batch, jax.Array]]] = {}
 
     def _batches(self, places: Sequence[int]) -> list[tuple[Batch, jax.Array]]:
@@ -170,8 +169,8 @@ class Evaluation:
                 parts = [self._parts[i][k] if k < len(self._parts[i]) else _nothing(self._parts[i][0]) for i in places]
                 batch = side_by_side([batch for batch, _ in parts])
                 rows = batch.weights.shape[0] // len(places)
-                pad = [jnp.pad(h, [(0, rows - h.shape[0]), (0, 0), (0, 0)]) for _, h in parts]
-                joined.append((put_batch(batch, self._mesh), jnp.concatenate(pad)))
+                said = np.concatenate([padded(hidden, rows) for _, hidden in parts])
+                joined.append((put_batch(batch, self._mesh), put(said, HIDDEN_AXES, self._mesh)))
             self._joined[tuple(places)] = joined
         return self._joined[tuple(places)]
 
@@ -181,7 +180,7 @@ class Evaluation:
         """Held-out KL and agreement of each of these members."""
         sums = [evaluate(delta, params, batch, hidden) for batch, hidden in self._batches(places)]
         kl, count, agreement = (
-            np.sum([np.asarray(x, np.float64) for x in column], axis=0) for column in zip(*sums, strict=True)
+            np.sum([hosts.fetch(x).astype(np.float64) for x in column], axis=0) for column in zip(*sums, strict=True)
         )
         return {
             i: {"held_out_kl": float(kl[m] / count[m]), "held_out_agreement": float(agreement[m] / count[m])}
@@ -189,7 +188,7 @@ class Evaluation:
         }
 
 
-def _nothing(part: tuple[Batch, jax.Array]) -> tuple[Batch, jax.Array]:
+def _nothing(part: tuple[Batch, np.ndarray]) -> tuple[Batch, np.ndarray]:
     """A batch of the same form that weighs nothing."""
     batch, hidden = part
     return batch.replace(weights=np.zeros_like(batch.weights)), hidden

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
@@ -19,6 +18,7 @@ from jaxbake.bake.loop import (
     BakeResult,
     Prompts,
     _check,
+    _check_shared,
     _examples,
     _finished,
     _given,
@@ -68,8 +68,8 @@ def bake_many(
     Prompts, stimuli, ranks, targets, learning rates, numbers of steps, batch sizes and seeds may differ; the loss, and
     what is kept of the teacher, must be the same. Each result equals that of `jaxbake.bake` with the same arguments up
     to rounding: its own batches, held-out examples, schedule, clipping and early stop. A bake that diverges does not
-    touch the others. It runs in one process; on a mesh each member's rows are spread as those of a bake alone, a
-    multiple of the devices along them.
+    touch the others. On a mesh each member's rows are spread as those of a bake alone, a multiple of the devices along
+    them; several processes (see `jaxbake.hosts`) all make the same call, with a base on a mesh over all their devices.
 
     Args:
       base: what `jaxbake.load` gives.
@@ -89,17 +89,12 @@ def bake_many(
     """
     progress = progress or silent
     _check_names(bakes)
-    if jax.process_count() > 1:
-        raise JaxbakeError(
-            f"bake_many: runs in one process, and there are {jax.process_count()}; bake one by one, or on the devices "
-            "of one host"
-        )
     base = on_mesh(base, bakes[0].config.mesh, min(bake.config.train.batch_size for bake in bakes))
     output = None if output is None else absolute(output)
     prepared = [_prepare(base, bake, output) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)
     for i, one in enumerate(prepared):
-        if one.folder and _is_finished(one.folder, one.identity):
+        if one.folder and hosts.first(partial(_is_finished, one.folder, one.identity)):
             results[i] = _finished(one.folder, base)
     unfinished = [i for i, result in enumerate(results) if result is None]
     if not unfinished:
@@ -107,11 +102,13 @@ def bake_many(
     failed: dict[str, TrainingDiverged] = {}
     with ExitStack() as locks:
         for i in unfinished:
-            if prepared[i].folder:
-                locks.enter_context(owned(prepared[i].folder))
-                claim(prepared[i].folder, prepared[i].identity)
+            if folder := prepared[i].folder:
+                locks.enter_context(owned(folder))
+                hosts.first(partial(claim, folder, prepared[i].identity))
+                _check_shared(folder)
         keys = [sha256(json.dumps([bake.name, one.identity])) for bake, one in zip(bakes, prepared, strict=True)]
-        group, states = _group(keys, unfinished, output and output / STATES)
+        group, name = hosts.first(lambda: _group(keys, unfinished, output and output / STATES))
+        states = output and output / STATES / name
         members = []
         for done, i in enumerate(group):
             shown = progress if len(group) == 1 else silent
@@ -135,8 +132,9 @@ def bake_many(
         error = TrainingDiverged("; ".join(f"{name}: {what}" for name, what in failed.items()))
         error.results, error.deltas = results, {name: getattr(what, "delta", None) for name, what in failed.items()}
         raise error
-    if states is not None:
-        _forget(states)  # all its deltas are written
+    if states is not None:  # all its deltas are written, and nobody reads there any more
+        hosts.gather(True)
+        hosts.first(lambda: _forget(states))
     return results
 
 
@@ -148,22 +146,22 @@ def _forget(states: AnyPath) -> None:
         states.parent.rmdir()
 
 
-def _group(keys: list[str], unfinished: list[int], root: AnyPath | None) -> tuple[list[int], AnyPath | None]:
-    """Which bakes to train together, and where their states lie.
+def _group(keys: list[str], unfinished: list[int], root: AnyPath | None) -> tuple[list[int], str]:
+    """Which bakes to train together, and the name of the folder where their states lie.
 
     A group that was interrupted goes on with its own members, finished ones among them, for its states are theirs;
     otherwise those that are not finished make a new one.
     """
     if root is None:
-        return unfinished, None
+        return unfinished, ""
     for file in sorted(root.glob(f"*/{GROUP}")):
         members = read_json(file).get("members", [])
         if set(members) <= set(keys) and {keys[i] for i in unfinished} <= set(members):
-            return [keys.index(key) for key in members], file.parent
+            return [keys.index(key) for key in members], file.parent.name
     members = [keys[i] for i in unfinished]
-    folder = root / sha256(json.dumps(members))[:16]
-    write_whole(folder / GROUP, json.dumps({"members": members}, indent=2) + "\n")
-    return unfinished, folder
+    name = sha256(json.dumps(members))[:16]
+    write_whole(root / name / GROUP, json.dumps({"members": members}, indent=2) + "\n")
+    return unfinished, name
 
 
 @dataclass(frozen=True)

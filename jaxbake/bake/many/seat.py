@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxbake import hosts
 from jaxbake.bake import folder as layout
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog, Runs
@@ -68,7 +69,7 @@ class Seat:
         if resumed is not None:
             member.runs.note(responses=member.runs.rows[-1]["responses"], step=resumed)
         self.log = MetricsLog(member.folder and member.folder / layout.METRICS, resumed)
-        board = member.folder and self.settings.tensorboard
+        board = member.folder and self.settings.tensorboard and hosts.is_first()
         self._board = TensorBoard(member.folder / layout.TENSORBOARD) if board else None
 
     @property

@@ -142,10 +142,17 @@ def _axes(state: BakeState, config: ModelConfig) -> Any:
 
 def spread(state: BakeState, config: ModelConfig, mesh: AnyMesh | None) -> BakeState:
     """The members' states on a mesh, factors and moments as the weight they belong to; as they are where there is
-    none."""
+    none. They may lie on it already, or whole in every process."""
     if mesh is None:
         return state
-    return jax.tree.map(lambda x, axes: jax.device_put(x, sharding(axes, mesh, x.shape)), state, _axes(state, config))
+    lies = jax.tree.map(lambda x, axes: sharding(axes, mesh, x.shape), state, _axes(state, config))
+    if jax.process_count() == 1:
+        return jax.tree.map(jax.device_put, state, lies)
+    if state.step.is_fully_addressable:
+        impl = jax.random.key_impl(state.key)
+        state = jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))  # host data is everybody's
+        return jax.jit(lambda s: s.replace(key=jax.random.wrap_key_data(s.key, impl=impl)), out_shardings=lies)(state)
+    return jax.jit(lambda s: s, out_shardings=lies)(state)
 
 
 def _by_member(x: jax.Array, count: int) -> jax.Array:

@@ -25,6 +25,7 @@ from jaxbake.deltas.many import cut
 from jaxbake.errors import JaxbakeError, Preempted, TrainingDiverged
 from jaxbake.files import AnyPath
 from jaxbake.memory import trim_after_compiling
+from jaxbake.mesh import put
 from jaxbake.models.base import Base
 
 Ended = Callable[[int, Trained | TrainingDiverged], None]
@@ -95,12 +96,15 @@ class _Loop:
         seen = [cursor and cursor["seats"][str(i)] for i in range(len(members))]
         self.seats = [Seat(self.base.config, m, self.resumed, s) for m, s in zip(members, seen, strict=True)]
         states = keep(init_states(self.base.config, configs), self.places)
-        group = _Group(jnp.int32(0), spread(states, self.base.config, self.base.mesh))
+        group = _Group(self._step(0), spread(states, self.base.config, self.base.mesh))
         self.best = jax.tree.map(jnp.copy, group.states.delta.factors) if self.patient else {}
         if self.resumed is not None:
             group, self.best, _ = self.checkpoints.restore(group, self.best)
         self.state, self.n = group.states, self.resumed or 0
         self.hypers = keep(hyper(configs), self.places)
+
+    def _step(self, n: int) -> jax.Array:
+        return put(np.int32(n), (), self.base.mesh)
 
     def run(self) -> None:
         if self.resumed is None:
@@ -158,14 +162,14 @@ class _Loop:
         held = {i: held[i] for i in due}
         better = [i in held and self.seats[i].see(held[i], self.n) for i in self.places]
         if self.patient:
-            self.best = _replaced(self.best, self.state.delta.factors, jnp.asarray(better))
+            self.best = _replaced(self.best, self.state.delta.factors, np.asarray(better))
         return held
 
     def _settle(self, to: int, held: dict[int, dict[str, float]] | None = None) -> None:
         """Records all but the newest `to` steps: reading a step's metrics waits for it. `held`: of the newest one."""
         while len(self.waiting) > to:
             number, metrics, was = self.waiting.popleft()
-            table = {name: np.asarray(values) for name, values in metrics.items()}
+            table = hosts.fetch(metrics)
             for at, i in enumerate(self.places):
                 seat = self.seats[i]
                 if not was[at] or seat.error:
@@ -189,7 +193,7 @@ class _Loop:
             for seat in self.seats:
                 seat.log.flush()
             cursor = {"places": self.places, "seats": {str(i): seat.cursor() for i, seat in enumerate(self.seats)}}
-            self.checkpoints.save(_Group(jnp.int32(self.n), self.state), self.best, cursor)
+            self.checkpoints.save(_Group(self._step(self.n), self.state), self.best, cursor)
             if self._new():
                 self.checkpoints.wait()
         self._tell()
