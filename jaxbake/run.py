@@ -129,8 +129,7 @@ def run_recipe(
     base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=rows, quantize=recipe.quantize)
     result = bake(
         base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
-        prompts=read_prompts(recipe, root) if recipe.prompts_file else None, recipe=dataclasses.asdict(job.kept),
-        root=root,
+        prompts=_prompts_of(recipe, root), recipe=dataclasses.asdict(job.kept), root=root,
     )  # fmt: skip
     return _completed(job, base, result, started, progress)
 
@@ -154,9 +153,6 @@ def run_recipes(
         values = dict.fromkeys(getattr(recipe, field) for recipe, _ in recipes)
         if len(values) > 1:
             raise JaxbakeError(f"{field}: must be the same for bakes of one step, found {', '.join(map(str, values))}")
-    for recipe, _ in recipes:
-        if recipe.prompts_file:
-            raise JaxbakeError(f"{recipe.name}: prompts_file: several prompts in one delta are baked by themselves")
     first = recipes[0][0]
     folder = as_path(first.output if output is None else output)
     jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
@@ -168,7 +164,7 @@ def run_recipes(
     specs = [
         BakeSpec(
             job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
-            recipe=dataclasses.asdict(job.kept), root=job.root,
+            recipe=dataclasses.asdict(job.kept), root=job.root, prompts=_prompts_of(job.recipe, job.root),
         )
         for job in jobs
     ]  # fmt: skip
@@ -185,6 +181,10 @@ def run_recipes(
     if failed:
         raise failed
     return outcomes
+
+
+def _prompts_of(recipe: Recipe, root: str | Path):
+    return read_prompts(recipe, root) if recipe.prompts_file else None
 
 
 @dataclass(frozen=True)

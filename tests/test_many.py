@@ -103,6 +103,19 @@ def test_a_teachers_top_k_is_learned_as_alone():
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
 
 
+def test_several_prompts_go_into_one_of_the_deltas():
+    prompts = [("Be a king.", tiny.STIMULI[:4]), ("You are a cook.", tiny.STIMULI[4:])]
+    config = tiny.with_train(steps=8)
+    two = BakeSpec("two", config=replace(config, seed=5), prompts=prompts, pins=tiny.PINS, contexts=tiny.CONTEXTS)
+    got, error = run(specs=[replace(SPECS[0], config=config), two])
+    assert error is None
+    want = tiny.tiny_bake(None, two.config, prompt=None, stimuli=None, prompts=prompts)
+    for a, b in zip(jax.tree.leaves(got["two"].delta), jax.tree.leaves(want.delta), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got["two"].kl_after, want.kl_after, rtol=1e-5)
+    assert got["two"].card.metrics["prompts"] == 2
+
+
 def test_each_has_a_folder_as_a_single_bake(together):
     results, _, folder = together
     for name in ("sailor", "cook", "patient"):
@@ -165,7 +178,8 @@ def test_what_is_finished_is_returned_and_leaves_no_states(together, tmp_path):
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, loss=LossConfig("reverse")))], "cook: .*same loss"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, mesh="fsdp=1"))], "cook: mesh is fsdp=1, that of 'sailor'"),
         ([SPECS[0], replace(SPECS[1], prompt=" ")], "cook: prompt"),
-        ([replace(SPECS[0], config=replace(COOK, teacher=TeacherConfig("big")))], "sailor: teacher.model: .*it alone"),
+        ([replace(SPECS[0], config=replace(COOK, teacher=TeacherConfig("/big")))], "'/big': no such folder"),
+        ([replace(SPECS[0], prompts=[("Be a cook.", ["who?"])])], "sailor: prompt: is given beside prompts"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, teacher=TeacherConfig(top_k=9)))], "cook: .*same teacher"),
         ([SPECS[0], replace(SPECS[1], config=replace(COOK, lora=LoraConfig(rank=99)))], "cook: lora.rank: 99"),
     ],

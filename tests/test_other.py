@@ -10,6 +10,7 @@ import pytest
 import tiny_base as tiny
 
 import jaxbake.bake.other as room
+from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.other import Other
 from jaxbake.bakery.store import load_delta
 from jaxbake.config import TeacherConfig
@@ -151,3 +152,20 @@ def test_a_teacher_in_a_folder_is_known_before_it_is_read(monkeypatch, tmp_path)
     assert loaded is other.load() and loaded.params["norm"].dtype == crumb.params["norm"].dtype
     other.let_go()
     assert other.load() is not loaded
+
+
+def test_it_teaches_many_at_once_as_each_alone(larger):
+    specs = [
+        BakeSpec(name, prompt, tiny.STIMULI, replace(CONFIG, seed=seed), pins=tiny.PINS, contexts=tiny.CONTEXTS)
+        for name, prompt, seed in (("sailor", tiny.PROMPT, 0), ("king", "Be a king.", 5))
+    ]
+    for spec, got in zip(specs, bake_many(tiny.tiny_base(), specs, teacher=larger), strict=True):
+        want = tiny.tiny_bake(None, spec.config, prompt=spec.prompt, teacher=larger)
+        for a, b in zip(jax.tree.leaves(got.delta), jax.tree.leaves(want.delta), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+        np.testing.assert_allclose([got.kl_before, got.kl_after], [want.kl_before, want.kl_after], rtol=1e-5)
+        assert (got.card.teacher, got.card.teacher_digest) == ("larger", "digest of larger")
+    none = replace(CONFIG.train, teacher_device_gb=0, teacher_host_gb=0)
+    cramped = [specs[0], replace(specs[1], config=replace(specs[1].config, train=none))]
+    with pytest.raises(JaxbakeError, match="king: what its teacher says takes .* GiB, and there is no such room"):
+        bake_many(tiny.tiny_base(), cramped, teacher=larger)

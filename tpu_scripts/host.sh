@@ -32,7 +32,10 @@ case ${1:-} in
             echo $? >"$folder/exit.new"
             mv "$folder/exit.new" "$folder/exit"
         ' job "$folder" "$@" >>"$folder/log" 2>&1 </dev/null &
-        echo $! >"$folder/pid"
+        pid=$!
+        # It leads a group of its own once setsid has run; before, stop would not find it.
+        while group=$(ps -o pgid= -p "$pid") && [[ ${group// /} != "$pid" ]]; do sleep 0.02; done
+        echo "$pid" >"$folder/pid"
         echo "worker $(hostname) running"
         ;;
     status)

@@ -112,10 +112,14 @@ class Teachers:
                 self._others = Asker(self.other.load(), self.examples, self._batch_size)
             fill(self._others, others, parts)
 
-    def let_go(self) -> None:
-        """The other model's weights are no longer needed, nor a prompt's keys and values."""
+    def forget(self) -> None:
+        """A prompt's keys and values are no longer needed."""
         self._others = None
         self._asker.forget()
+
+    def let_go(self) -> None:
+        """Nor are the other model's weights."""
+        self.forget()
         if self.other is not None:
             self.other.let_go()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxbake.bake.asking import in_form, teacher_hidden_of
 from jaxbake.bake.known import HELD_OUT, Teachers, keep_all, take_rows
 from jaxbake.bake.targets import ROOMS, Form, columns, kept_form, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike
+from jaxbake.errors import JaxbakeError
 from jaxbake.mesh import parts, put
 from jaxbake.models.base import Base
 from jaxbake.objectives import SoftTargets
@@ -43,21 +45,25 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
 
 
 class Rows:
-    """The training rows of all members, and what their teachers, the base behind each one's prompt, say of them.
+    """The training rows of all members, and what their teachers, the base behind each one's prompts, say of them.
 
     What a teacher says is asked before the first step and kept where there is room, as for a bake alone
-    (`targets.where_to_keep`), in the same form; the members fill each room in order. For those that have none, teachers
-    are asked at every step.
+    (`targets.where_to_keep`), in the same form; the members fill each room in order. For those that have none, the
+    teacher is asked at every step; another model than the base, and the base behind several prompts, must have room.
     """
 
     def __init__(self, base: Base, members: Sequence[Any], accumulate: int):
         self._base, self._members = base, members
-        self._teachers = [Teachers(base, [*m.examples, *m.held_out], m.config.train.batch_size) for m in members]
+        self._teachers = [
+            Teachers(base, [*m.examples, *m.held_out], m.config.train.batch_size, m.other) for m in members
+        ]
         self._held_out: dict[int, np.ndarray] = {}
         self._batches = self.batches([m.examples for m in members], accumulate)
         config = members[0].config  # all have the same loss
         self._asked = config.loss.divergence != "cross_entropy"
-        self._form = kept_form(config, base.config, base.params["norm"].dtype)
+        other = members[0].other
+        self._form = kept_form(config, base.config, base.params["norm"].dtype, other is not None)
+        self._held_form = Form(top_k=config.teacher.tokens_kept(True)) if other else Form()
         self._kept: dict[int, np.ndarray] = {}
         """By member, its table in memory or in a file."""
         self._starts: dict[int, int] = {}
@@ -65,6 +71,10 @@ class Rows:
         self._on_device: SoftTargets | None = None
         if self._asked:
             self._ask_once()
+        if other is not None:
+            for i in range(len(members)):
+                self.held_out(i)
+            other.let_go()
 
     def batches(self, examples: Sequence[Sequence[Any]], accumulate: int = 1) -> list[Batches]:
         """Each member's examples as batches of its own, in rows of the same lengths; every device has as many of
@@ -88,26 +98,36 @@ class Rows:
             size = teachers.size(train, self._form)
             local = member.folder if jax.process_count() == 1 else None
             room = where_to_keep(size, settings, local, taken)
-            if room is None or settings.steps * settings.batch_size <= len(train):  # each one is visited once at most
+            if not self._in_step(i):
+                if room is None:
+                    raise JaxbakeError(
+                        f"{member.name}: what its teacher says takes {size / 2**30:.3g} GiB, and there is no such room "
+                        "beside the other bakes; raise train.teacher_host_gb, or bake it by itself"
+                    )
+            elif room is None or settings.steps * settings.batch_size <= len(train):  # each is visited once at most
                 continue
             folder = member.folder / layout.TEACHER if room == "disk" else None
-            kept = [(train, self._form, folder), (held, Form(), folder and folder / HELD_OUT)]
+            kept = [(train, self._form, folder), (held, self._held_form, folder and folder / HELD_OUT)]
             table, held_table = keep_all(teachers, kept)  # asked about together, in the rows that a bake alone has
             self._held_out[i] = held_table.rows
             taken[room] += size
             # On a mesh each device is given what its rows need.
             (on_device if room == "device" and self._base.mesh is None else self._kept)[i] = table.rows
-            teachers.let_go()
+            teachers.forget()
         if on_device:
             ends = np.cumsum([rows.shape[0] for rows in on_device.values()])
             self._starts = {i: int(e) - on_device[i].shape[0] for i, e in zip(on_device, ends, strict=True)}
             self._on_device = jax.tree.map(jnp.asarray, columns(np.concatenate(list(on_device.values()))))
 
-    def held_out(self, i: int) -> np.ndarray:
-        """The hidden states of member i's teacher at its held-out examples; asked about them alone if not kept."""
+    def _in_step(self, i: int) -> bool:
+        """Whether member i's teacher can be asked at every step: the base, behind one prompt."""
+        return self._members[i].other is None and len(self._teachers[i].prompts) == 1
+
+    def held_out(self, i: int) -> Any:
+        """What member i's teacher says at its held-out examples; asked about them alone if not kept."""
         if i not in self._held_out:
-            self._held_out[i] = keep_all(self._teachers[i], [(self._which(i)[1], Form(), None)])[0].rows
-        return self._held_out[i]
+            self._held_out[i] = keep_all(self._teachers[i], [(self._which(i)[1], self._held_form, None)])[0].rows
+        return columns(self._held_out[i])
 
     def useful_fraction(self, i: int) -> float:
         """Share of a member's row tokens that are no padding."""
@@ -154,13 +174,17 @@ class Evaluation:
     def __init__(self, base: Base, members: Sequence[Any], rows: Rows):
         own = rows.batches([m.held_out for m in members])
         self._mesh = base.mesh
-        self._parts: list[list[tuple[Batch, np.ndarray]]] = []
+        self._parts: list[list[tuple[Batch, Any]]] = []
         for i, batches in enumerate(own):
             said = rows.held_out(i)
-            self._parts.append([(batch, said[np.maximum(batch.source, 0)]) for batch in batches.all()])
-        self._joined: dict[tuple[int, ...], list[tuple[Batch, jax.Array]]] = {}
 
-    def _batches(self, places: Sequence[int]) -> list[tuple[Batch, jax.Array]]:
+            def at(batch: Batch, said: Any = said) -> Any:
+                return jax.tree.map(lambda x: x[np.maximum(batch.source, 0)], said)
+
+            self._parts.append([(batch, at(batch)) for batch in batches.all()])
+        self._joined: dict[tuple[int, ...], list[tuple[Batch, SoftTargets]]] = {}
+
+    def _batches(self, places: Sequence[int]) -> list[tuple[Batch, SoftTargets]]:
         if tuple(places) not in self._joined:
             self._joined.clear()
             joined = []
@@ -169,10 +193,13 @@ class Evaluation:
                 parts = [self._parts[i][k] if k < len(self._parts[i]) else _nothing(self._parts[i][0]) for i in places]
                 batch = side_by_side([batch for batch, _ in parts])
                 rows = batch.weights.shape[0] // len(places)
-                said = np.concatenate([padded(hidden, rows) for _, hidden in parts])
-                joined.append((put_batch(batch, self._mesh), put(said, HIDDEN_AXES, self._mesh)))
+                said = jax.tree.map(partial(self._join, rows), *(said for _, said in parts))
+                joined.append((put_batch(batch, self._mesh), said))
             self._joined[tuple(places)] = joined
         return self._joined[tuple(places)]
+
+    def _join(self, rows: int, *parts: np.ndarray) -> jax.Array:
+        return put(np.concatenate([padded(x, rows) for x in parts]), HIDDEN_AXES[: parts[0].ndim], self._mesh)
 
     def __call__(
         self, evaluate: Callable[..., tuple[jax.Array, ...]], delta: Any, params: Any, places: Sequence[int]
@@ -188,7 +215,7 @@ class Evaluation:
         }
 
 
-def _nothing(part: tuple[Batch, np.ndarray]) -> tuple[Batch, np.ndarray]:
+def _nothing(part: tuple[Batch, Any]) -> tuple[Batch, Any]:
     """A batch of the same form that weighs nothing."""
-    batch, hidden = part
-    return batch.replace(weights=np.zeros_like(batch.weights)), hidden
+    batch, said = part
+    return batch.replace(weights=np.zeros_like(batch.weights)), said

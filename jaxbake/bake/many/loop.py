@@ -17,18 +17,19 @@ from jaxbake.bake.lock import owned
 from jaxbake.bake.loop import (
     BakeResult,
     Prompts,
-    _check,
     _check_shared,
     _examples,
     _finished,
-    _given,
     _identity,
     _is_finished,
+    _longest,
+    _prompts,
     _result,
     _written,
 )
 from jaxbake.bake.many.seat import Member, check_alike
 from jaxbake.bake.many.train import train_many
+from jaxbake.bake.other import Other
 from jaxbake.bake.others import Contexts, contexts_for, pins_for
 from jaxbake.bake.progress import Progress, silent
 from jaxbake.bake.train import Trained
@@ -47,13 +48,14 @@ class BakeSpec:
     """One of several bakes: the arguments that `jaxbake.bake` takes for it, and a name, which is its folder's too."""
 
     name: str
-    prompt: str
-    stimuli: Sequence[str] | StimuliConfig
+    prompt: str | None = None
+    stimuli: Sequence[str] | StimuliConfig | None = None
     config: BakeConfig = BakeConfig()
     pins: Sequence[str] | None = None
     contexts: Contexts | None = None
     recipe: dict[str, Any] | None = None
     root: str | Path = "."
+    prompts: Prompts | None = None
 
 
 def bake_many(
@@ -61,6 +63,7 @@ def bake_many(
     bakes: Sequence[BakeSpec],
     output: str | AnyPath | None = None,
     *,
+    teacher: Base | str | None = None,
     progress: Progress | None = None,
 ) -> list[BakeResult]:
     """Bakes several prompts at once, each into a delta of its own: one pass over the base serves them all.
@@ -77,6 +80,8 @@ def bake_many(
       output: a folder to hold one for each bake, by name, as `jaxbake.bake` writes it. The same call with the same
         folder continues what was interrupted, bitwise; bakes that are finished are returned as they are, whoever made
         them. None writes nothing.
+      teacher: another model that teaches all of them, as for `jaxbake.bake`; by default `config.teacher.model`. What it
+        says, and what the base says behind several prompts of one bake, must have room in that bake's `config.train`.
       progress: called as work advances; "sample" counts bakes.
 
     Returns the results in the order of `bakes`.
@@ -91,7 +96,9 @@ def bake_many(
     _check_names(bakes)
     base = on_mesh(base, bakes[0].config.mesh, min(bake.config.train.batch_size for bake in bakes))
     output = None if output is None else absolute(output)
-    prepared = [_prepare(base, bake, output) for bake in bakes]
+    teacher = bakes[0].config.teacher.model if teacher is None else teacher
+    other = None if teacher is None else Other(teacher, base)
+    prepared = [_prepare(base, bake, output, other) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)
     for i, one in enumerate(prepared):
         if one.folder and hosts.first(partial(_is_finished, one.folder, one.identity)):
@@ -112,7 +119,7 @@ def bake_many(
         members = []
         for done, i in enumerate(group):
             shown = progress if len(group) == 1 else silent
-            members.append(_member(base, bakes[i], prepared[i], results[i] is not None, shown))
+            members.append(_member(base, bakes[i], prepared[i], results[i] is not None, shown, other))
             progress("sample", done + 1, len(group), {})
 
         def ended(m: int, what: Trained | TrainingDiverged) -> None:
@@ -123,7 +130,7 @@ def bake_many(
             elif results[i] is None:
                 results[i] = _result(
                     base, one.prompts, bake.config, what, member.held_out, member.runs, bake.name, bake.recipe,
-                    one.folder,
+                    one.folder, other,
                 )  # fmt: skip
 
         told = [m for m, i in enumerate(group) if results[i] is not None]
@@ -188,31 +195,30 @@ def _check_names(bakes: Sequence[BakeSpec]) -> None:
     check_alike(bakes)
 
 
-def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None) -> _Prepared:
+def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None, other: Other | None) -> _Prepared:
     """Everything that can be wrong about a bake is found here, before any work is done."""
     root = Path(bake.root)
     try:
-        prompt = _check(base, bake.prompt, bake.config)
-        if bake.config.teacher.model is not None:
-            raise JaxbakeError("teacher.model: bakes of one step learn from the base itself; bake it alone")
-        given, generate = _given(bake.stimuli, root)
+        prompts, generate = _prompts(base, bake.prompt, bake.prompts, bake.stimuli, bake.config, root)
         pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
-        contexts = contexts_for(base, prompt, bake.config, root) if bake.contexts is None else bake.contexts
+        longest = _longest(prompts)
+        contexts = contexts_for(base, longest, bake.config, root) if bake.contexts is None else bake.contexts
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    prompts = [(prompt, given)]
-    identity = _identity(base, prompts, generate, pins, contexts, bake.config)
+    identity = _identity(base, prompts, generate, pins, contexts, bake.config, other)
     return _Prepared(prompts, generate, pins, contexts, identity, output and output / bake.name)
 
 
-def _member(base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress) -> Member:
+def _member(
+    base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress, other: Other | None
+) -> Member:
     """The bake's examples, from responses that are sampled now or already there; finished, its folder is left alone."""
     runs = Runs(None if finished else one.folder, hosts.environment(base.mesh))
     try:
         prompts = one.prompts
         if one.generate:
-            prompts = _written(base, prompts, one.generate, one.folder, bake.config.seed, progress)
-        examples = _examples(base, prompts, bake.config, one.pins, one.contexts, one.folder, progress, runs)
+            prompts = _written(base, prompts, one.generate, one.folder, bake.config.seed, progress, other)
+        examples = _examples(base, prompts, bake.config, one.pins, one.contexts, one.folder, progress, runs, other)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    return Member(bake.name, bake.config, *examples, None if finished else one.folder, runs)
+    return Member(bake.name, bake.config, *examples, None if finished else one.folder, runs, other)

@@ -13,6 +13,7 @@ from jaxbake import hosts
 from jaxbake.bake import folder as layout
 from jaxbake.bake.checkpoint import Checkpoints
 from jaxbake.bake.folder import MetricsLog, Runs
+from jaxbake.bake.other import Other
 from jaxbake.bake.step import BakeState
 from jaxbake.bake.train import Best, TensorBoard, diverged
 from jaxbake.config import BakeConfig
@@ -25,7 +26,8 @@ from jaxbake.models.spec import ModelConfig
 
 @dataclass(frozen=True)
 class Member:
-    """One bake among many: its settings, its examples, and its folder (None writes nothing)."""
+    """One bake among many: its settings, its examples, its folder (None writes nothing), and the model that teaches all
+    of them in the base's stead."""
 
     name: str
     config: BakeConfig
@@ -33,6 +35,7 @@ class Member:
     held_out: Sequence[Example]
     folder: AnyPath | None
     runs: Runs
+    other: Other | None = None
 
 
 def check_alike(members: Sequence[Any]) -> None:
