@@ -18,7 +18,7 @@ import jax
 from jaxbake import hosts
 from jaxbake.bake.folder import DELTA, TRAJECTORIES
 from jaxbake.bake.lock import owned
-from jaxbake.bake.loop import BakeResult, bake
+from jaxbake.bake.loop import BakeResult, Prompts, bake
 from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
@@ -124,9 +124,7 @@ def run_recipe(
     job = _job(recipe, Path(root), as_path(recipe.output) / recipe.name if output is None else as_path(output))
     if job.finished:
         return job.finished
-    mesh = recipe.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
-    rows = recipe.bake.train.batch_size
-    base = load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=rows, quantize=recipe.quantize)
+    base = _base(recipe, recipe.bake.train.batch_size)
     result = bake(
         base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
         prompts=_prompts_of(recipe, root), recipe=dataclasses.asdict(job.kept), root=root,
@@ -158,9 +156,7 @@ def run_recipes(
     jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
     if all(job.finished for job in jobs):
         return [job.finished for job in jobs]
-    rows = min(job.recipe.bake.train.batch_size for job in jobs)
-    mesh = first.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
-    base = load(first.model, dtype=first.dtype, mesh=mesh, rows=rows, quantize=first.quantize)
+    base = _base(first, min(job.recipe.bake.train.batch_size for job in jobs))
     specs = [
         BakeSpec(
             job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
@@ -183,7 +179,12 @@ def run_recipes(
     return outcomes
 
 
-def _prompts_of(recipe: Recipe, root: str | Path):
+def _base(recipe: Recipe, rows: int) -> Base:
+    mesh = recipe.bake.mesh or ("auto" if jax.process_count() > 1 else None)  # processes share one model
+    return load(recipe.model, dtype=recipe.dtype, mesh=mesh, rows=rows, quantize=recipe.quantize)
+
+
+def _prompts_of(recipe: Recipe, root: str | Path) -> Prompts | None:
     return read_prompts(recipe, root) if recipe.prompts_file else None
 
 

@@ -16,7 +16,16 @@ from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import HIDDEN_AXES
 from jaxbake.bake.asking import Asker, Part, fill
 from jaxbake.bake.other import Other
-from jaxbake.bake.targets import Form, Table, columns, content_key, kept_form, open_table, where_to_keep
+from jaxbake.bake.targets import (
+    Form,
+    Table,
+    columns,
+    content_key,
+    held_out_form,
+    kept_form,
+    open_table,
+    where_to_keep,
+)
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Batches
 from jaxbake.data.chat import Example
@@ -161,7 +170,7 @@ def teach(
     base, other, settings = teachers.base, teachers.other, config.train
     k = config.teacher.tokens_kept(other is not None)
     form = kept_form(config, base.config, base.params["norm"].dtype, other is not None)
-    held_form = Form(top_k=k) if other else Form()
+    held_form = held_out_form(config, other is not None)
     train, held = np.split(np.arange(len(teachers.examples)), [len(batches.examples)])
     local = folder if jax.process_count() == 1 else None
     again = settings.steps * settings.batch_size > len(train)

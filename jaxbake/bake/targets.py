@@ -63,6 +63,11 @@ def kept_form(config: BakeConfig, model: ModelConfig, dtype: Any, other: bool = 
     return Form(moments=True, temperature=loss.temperature) if enough and wanted else Form()
 
 
+def held_out_form(config: BakeConfig, other: bool) -> Form:
+    """Of a teacher at held-out tokens: its hidden states; of another model than the student's, its top k."""
+    return Form(top_k=config.teacher.tokens_kept(other)) if other else Form()
+
+
 def columns(rows: np.ndarray) -> Any:
     """A table's rows as an objective takes them: hidden states, `Moments` or a `TopK`."""
     return rows if rows.dtype.names is None else _MADE[rows.dtype.names](*(rows[name] for name in rows.dtype.names))

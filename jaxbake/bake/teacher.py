@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,7 +16,7 @@ from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import SoftTargets
 
 WORTH_FLOPS = 2**28
-"""Of a forward pass: what takes a CPU about a millisecond, and compiling a layer about a second."""
+"""Of a forward pass, about a millisecond on two cores: for less, compiling a layer by itself is not worth it."""
 
 
 class Targets(NamedTuple):
@@ -47,13 +48,15 @@ def hidden_at(
     remat: bool = False,
 ) -> jax.Array:
     """Hidden states [B, K, D] at the positions that predict the matched tokens of a view."""
-    options = {} if prefix is None else {"prefix": prefix, "prefix_visible": view.prefix}
-    told = params, delta, view.tokens
-    options |= {"config": config, "positions": view.positions, "segment_ids": view.segments, "remat": remat}
+    visible = {} if prefix is None else {"prefix": prefix, "prefix_visible": view.prefix}
+    hidden = partial(
+        forward, params, delta, view.tokens, config=config, positions=view.positions, segment_ids=view.segments,
+        remat=remat, **visible,
+    )  # fmt: skip
     mesh = mesh_of(params)
     if mesh is None and _saves(view, config):
-        return forward(*told, at=view.index, **options)
-    hidden_BTD = constrain(forward(*told, **options), ("batch", None, None), mesh)
+        return hidden(at=view.index)
+    hidden_BTD = constrain(hidden(), ("batch", None, None), mesh)
     return jnp.take_along_axis(hidden_BTD, view.index[..., None], axis=1)
 
 

@@ -144,9 +144,13 @@ def _bake(path: Path, overrides: list[str], output: str | None, as_json: bool, *
     if as_json:
         show.print_json(summary.to_dict())
         return
-    if summary.reused:
-        show.note(f"{summary.output} already holds this bake, finished; delete the folder to make it anew.")
-    show.console().print(summary)
+    _show(summary)
+
+
+def _show(outcome: Any) -> None:
+    if outcome.reused:
+        show.note(f"{outcome.output} already holds this bake, finished; delete the folder to make it anew.")
+    show.console().print(outcome)
 
 
 @app.command("bake-many")
@@ -201,9 +205,7 @@ def bake_many(
         show.print_json([outcome.to_dict() for outcome in outcomes])
         return
     for outcome in outcomes:
-        if outcome.reused:
-            show.note(f"{outcome.output} already holds this bake, finished; delete the folder to make it anew.")
-        show.console().print(outcome)
+        _show(outcome)
 
 
 @app.command("eval")

@@ -31,7 +31,8 @@ MASKED = -1e30
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
 FEWEST_QUERIES = 64
 MOST_LOGITS = 2**22
-"""So many numbers are left in a CPU's cache from one step of attention to the next."""
+"""From so many on, rows are taken in turn: a teacher's pass on two cores is quicker by 7 % at 7 million, and slower by
+5 % at 1.4 million."""
 
 
 class Seen(NamedTuple):

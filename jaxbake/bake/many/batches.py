@@ -15,7 +15,7 @@ from jaxbake.bake import folder as layout
 from jaxbake.bake.abstract import HIDDEN_AXES, put_batch, put_view
 from jaxbake.bake.asking import in_form, teacher_hidden_of
 from jaxbake.bake.known import HELD_OUT, Teachers, keep_all, take_rows
-from jaxbake.bake.targets import ROOMS, Form, columns, kept_form, where_to_keep
+from jaxbake.bake.targets import ROOMS, columns, held_out_form, kept_form, where_to_keep
 from jaxbake.data.batches import Batch, Batches, View, alike
 from jaxbake.errors import JaxbakeError
 from jaxbake.mesh import parts, put
@@ -63,7 +63,7 @@ class Rows:
         self._asked = config.loss.divergence != "cross_entropy"
         other = members[0].other
         self._form = kept_form(config, base.config, base.params["norm"].dtype, other is not None)
-        self._held_form = Form(top_k=config.teacher.tokens_kept(True)) if other else Form()
+        self._held_form = held_out_form(config, other is not None)
         self._kept: dict[int, np.ndarray] = {}
         """By member, its table in memory or in a file."""
         self._starts: dict[int, int] = {}
