@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names for editors and type checkers
-    from jaxbake.bake.loop import BakeResult, bake
+    from jaxbake.bake.loop import bake
     from jaxbake.bake.many.loop import BakeSpec, bake_many
     from jaxbake.bake.quantisation import QuantisationReport, quantisation_report
+    from jaxbake.bake.result import BakeResult
     from jaxbake.bake.step import BakeState, make_bake_step, make_eval_step, make_optimizer
     from jaxbake.bakery.card import Card
     from jaxbake.bakery.store import load_delta, save_delta
@@ -53,9 +54,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from jaxbake.sampling import sample, stream
 
 _MODULES = {
-    "bake.loop": "BakeResult",
     "bake.many.loop": "BakeSpec bake_many",
     "bake.quantisation": "QuantisationReport quantisation_report",
+    "bake.result": "BakeResult",
     "bake.step": "BakeState make_bake_step make_eval_step make_optimizer",
     "bakery.card": "Card",
     "bakery.store": "load_delta save_delta",

@@ -17,11 +17,13 @@ import jax
 
 from jaxbake import hosts
 from jaxbake.bake.folder import DELTA, TRAJECTORIES
+from jaxbake.bake.job import Prompts
 from jaxbake.bake.lock import owned
-from jaxbake.bake.loop import BakeResult, Prompts, bake
+from jaxbake.bake.loop import bake
 from jaxbake.bake.many.loop import BakeSpec, bake_many
 from jaxbake.bake.others import is_crumb
 from jaxbake.bake.progress import Progress, silent
+from jaxbake.bake.result import BakeResult
 from jaxbake.bakery.card import Card, sha256
 from jaxbake.bakery.store import load_delta
 from jaxbake.config import Recipe
@@ -121,15 +123,15 @@ def run_recipe(
     Raises JaxbakeError as `load`, `bake` and `measure` do, and Preempted after a SIGTERM (see `jaxbake.hosts`).
     """
     started, progress = time.monotonic(), progress or silent
-    job = _job(recipe, Path(root), as_path(recipe.output) / recipe.name if output is None else as_path(output))
-    if job.finished:
-        return job.finished
+    entry = _entry(recipe, Path(root), as_path(recipe.output) / recipe.name if output is None else as_path(output))
+    if entry.finished:
+        return entry.finished
     base = _base(recipe, recipe.bake.train.batch_size)
     result = bake(
-        base, job.kept.prompt, recipe.stimuli, recipe.bake, job.output, progress=progress, name=recipe.name,
-        prompts=_prompts_of(recipe, root), recipe=dataclasses.asdict(job.kept), root=root,
+        base, entry.kept.prompt, recipe.stimuli, recipe.bake, entry.output, progress=progress, name=recipe.name,
+        prompts=_prompts_of(recipe, root), recipe=dataclasses.asdict(entry.kept), root=root,
     )  # fmt: skip
-    return _completed(job, base, result, started, progress)
+    return _completed(entry, base, result, started, progress)
 
 
 def run_recipes(
@@ -153,16 +155,16 @@ def run_recipes(
             raise JaxbakeError(f"{field}: must be the same for bakes of one step, found {', '.join(map(str, values))}")
     first = recipes[0][0]
     folder = as_path(first.output if output is None else output)
-    jobs = [_job(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
-    if all(job.finished for job in jobs):
-        return [job.finished for job in jobs]
-    base = _base(first, min(job.recipe.bake.train.batch_size for job in jobs))
+    entries = [_entry(recipe, Path(root), folder / recipe.name) for recipe, root in recipes]
+    if all(entry.finished for entry in entries):
+        return [entry.finished for entry in entries]
+    base = _base(first, min(entry.recipe.bake.train.batch_size for entry in entries))
     specs = [
         BakeSpec(
-            job.recipe.name, job.kept.prompt, job.recipe.stimuli, job.recipe.bake,
-            recipe=dataclasses.asdict(job.kept), root=job.root, prompts=_prompts_of(job.recipe, job.root),
+            entry.recipe.name, entry.kept.prompt, entry.recipe.stimuli, entry.recipe.bake,
+            recipe=dataclasses.asdict(entry.kept), root=entry.root, prompts=_prompts_of(entry.recipe, entry.root),
         )
-        for job in jobs
+        for entry in entries
     ]  # fmt: skip
     failed = None
     try:
@@ -170,10 +172,10 @@ def run_recipes(
     except TrainingDiverged as error:
         results, failed = error.results, error
     outcomes = []
-    for done, (job, result) in enumerate(zip(jobs, results, strict=True)):
+    for done, (entry, result) in enumerate(zip(entries, results, strict=True)):
         if result is not None:
-            outcomes.append(job.finished or _completed(job, base, result, started, silent))
-        progress("evaluate", done + 1, len(jobs), {})
+            outcomes.append(entry.finished or _completed(entry, base, result, started, silent))
+        progress("evaluate", done + 1, len(entries), {})
     if failed:
         raise failed
     return outcomes
@@ -189,7 +191,7 @@ def _prompts_of(recipe: Recipe, root: str | Path) -> Prompts | None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Entry:
     """A recipe, what it reads as in its output folder, and what that already holds of it (None: not finished)."""
 
     recipe: Recipe
@@ -201,23 +203,25 @@ class _Job:
     finished: Outcome | None
 
 
-def _job(recipe: Recipe, root: Path, output: AnyPath) -> _Job:
+def _entry(recipe: Recipe, root: Path, output: AnyPath) -> _Entry:
     kept = inside(recipe, root, output)
     key = _key(kept, output)
     if hosts.first(lambda: _finished(kept, output, key) is not None):
-        return _Job(recipe, root, output, kept, key, [], _finished(kept, output, key))
+        return _Entry(recipe, root, output, kept, key, [], _finished(kept, output, key))
     items = _items(recipe, root)  # before the work, so that a fault in it shows at once
-    return _Job(recipe, root, output, kept, key, items, None)
+    return _Entry(recipe, root, output, kept, key, items, None)
 
 
-def _completed(job: _Job, base: Base, result: BakeResult, started: float, progress: Progress) -> Outcome:
+def _completed(entry: _Entry, base: Base, result: BakeResult, started: float, progress: Progress) -> Outcome:
     """All that follows a bake: export, measurements, plot, summary."""
-    with owned(job.output):
-        save_peft(result.delta, base, job.output / PEFT, card=result.card)
-        evaluation = _measure(base, result.delta, job.recipe, job.root, job.output, job.items, _leaving(progress))
+    with owned(entry.output):
+        save_peft(result.delta, base, entry.output / PEFT, card=result.card)
+        evaluation = _measure(
+            base, result.delta, entry.recipe, entry.root, entry.output, entry.items, _leaving(progress)
+        )
         seconds = round(time.monotonic() - started, 1)
-        outcome = Outcome(job.kept, job.output, evaluation, seconds, notes=_notes(job.kept, result.card))
-        hosts.first(lambda: _write(outcome, result, job.key))
+        outcome = Outcome(entry.kept, entry.output, evaluation, seconds, notes=_notes(entry.kept, result.card))
+        hosts.first(lambda: _write(outcome, result, entry.key))
     return outcome
 
 

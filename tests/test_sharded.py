@@ -155,6 +155,6 @@ def test_auto_says_what_does_not_divide():
 
 
 def test_the_mesh_does_not_change_which_bake_it_is():
-    from jaxbake.bake.loop import _decisive
+    from jaxbake.bake.job import decisive
 
-    assert _decisive(BakeConfig(mesh="fsdp=8")) == _decisive(BakeConfig())
+    assert decisive(BakeConfig(mesh="fsdp=8")) == decisive(BakeConfig())

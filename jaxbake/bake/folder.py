@@ -32,6 +32,20 @@ def claim(folder: AnyPath, identity: dict[str, Any]) -> None:
         )
 
 
+def claim_shared(folder: AnyPath, identity: dict[str, Any]) -> None:
+    """`claim` for all processes, by the first.
+
+    Raises JaxbakeError in all of them where one does not see the folder that the first made.
+    """
+    hosts.first(lambda: claim(folder, identity))
+    blind = [i for i, sees in enumerate(hosts.gather((folder / IDENTITY).exists())) if not sees]
+    if blind:
+        raise JaxbakeError(
+            f"{folder}: process {', '.join(map(str, blind))} does not see it; several processes need an output folder "
+            "that all of them share: a network file system, or gs://"
+        )
+
+
 def _differences(a: dict, b: dict, path: str = "") -> list[str]:
     """Dotted names of the entries in which two nested dictionaries differ."""
     found = []

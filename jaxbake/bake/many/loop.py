@@ -12,26 +12,16 @@ from typing import Any
 
 from jaxbake import hosts
 from jaxbake.bake import folder as layout
-from jaxbake.bake.folder import Runs, claim
+from jaxbake.bake.examples import make_examples
+from jaxbake.bake.folder import Runs, claim_shared
+from jaxbake.bake.job import Job, Prompts, make_job
 from jaxbake.bake.lock import owned
-from jaxbake.bake.loop import (
-    BakeResult,
-    Prompts,
-    _check_shared,
-    _examples,
-    _finished,
-    _identity,
-    _is_finished,
-    _longest,
-    _prompts,
-    _result,
-    _written,
-)
 from jaxbake.bake.many.seat import Member, check_alike
 from jaxbake.bake.many.train import train_many
 from jaxbake.bake.other import Other
-from jaxbake.bake.others import Contexts, contexts_for, pins_for
+from jaxbake.bake.others import Contexts
 from jaxbake.bake.progress import Progress, silent
+from jaxbake.bake.result import BakeResult, is_finished, make_result, read_result
 from jaxbake.bake.train import Trained
 from jaxbake.bakery.card import sha256
 from jaxbake.config import BakeConfig, StimuliConfig
@@ -98,40 +88,36 @@ def bake_many(
     output = None if output is None else absolute(output)
     teacher = bakes[0].config.teacher.model if teacher is None else teacher
     other = None if teacher is None else Other(teacher, base)
-    prepared = [_prepare(base, bake, output, other) for bake in bakes]
+    jobs = [_job(base, bake, output, other) for bake in bakes]
     results: list[BakeResult | None] = [None] * len(bakes)
-    for i, one in enumerate(prepared):
-        if one.folder and hosts.first(partial(_is_finished, one.folder, one.identity)):
-            results[i] = _finished(one.folder, base)
+    for i, job in enumerate(jobs):
+        if job.folder and hosts.first(partial(is_finished, job)):
+            results[i] = read_result(job, base)
     unfinished = [i for i, result in enumerate(results) if result is None]
     if not unfinished:
         return results
     failed: dict[str, TrainingDiverged] = {}
     with ExitStack() as locks:
         for i in unfinished:
-            if folder := prepared[i].folder:
+            if folder := jobs[i].folder:
                 locks.enter_context(owned(folder))
-                hosts.first(partial(claim, folder, prepared[i].identity))
-                _check_shared(folder)
-        keys = [sha256(json.dumps([bake.name, one.identity])) for bake, one in zip(bakes, prepared, strict=True)]
+                claim_shared(folder, jobs[i].identity)
+        keys = [sha256(json.dumps([bake.name, job.identity])) for bake, job in zip(bakes, jobs, strict=True)]
         group, name = hosts.first(lambda: _group(keys, unfinished, output and output / STATES))
         states = output and output / STATES / name
         members = []
         for done, i in enumerate(group):
             shown = progress if len(group) == 1 else silent
-            members.append(_member(base, bakes[i], prepared[i], results[i] is not None, shown, other))
+            members.append(_member(base, bakes[i], jobs[i], results[i] is not None, shown))
             progress("sample", done + 1, len(group), {})
 
         def ended(m: int, what: Trained | TrainingDiverged) -> None:
             i = group[m]
-            bake, one, member = bakes[i], prepared[i], members[m]
+            bake, member = bakes[i], members[m]
             if isinstance(what, TrainingDiverged):
                 failed[bake.name] = what
             elif results[i] is None:
-                results[i] = _result(
-                    base, one.prompts, bake.config, what, member.held_out, member.runs, bake.name, bake.recipe,
-                    one.folder, other,
-                )  # fmt: skip
+                results[i] = make_result(base, jobs[i], what, member.held_out, member.runs, bake.name, bake.recipe)
 
         told = [m for m, i in enumerate(group) if results[i] is not None]
         train_many(base, members, states and states / layout.CHECKPOINTS, progress, ended, told)
@@ -171,18 +157,6 @@ def _group(keys: list[str], unfinished: list[int], root: AnyPath | None) -> tupl
     return unfinished, name
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A bake that is known to be possible; folder None writes nothing."""
-
-    prompts: Prompts
-    generate: Any
-    pins: Sequence[str]
-    contexts: Contexts
-    identity: dict[str, Any]
-    folder: AnyPath | None
-
-
 def _check_names(bakes: Sequence[BakeSpec]) -> None:
     if not bakes:
         raise JaxbakeError("bake_many: there is nothing to bake; give at least one BakeSpec")
@@ -195,30 +169,22 @@ def _check_names(bakes: Sequence[BakeSpec]) -> None:
     check_alike(bakes)
 
 
-def _prepare(base: Base, bake: BakeSpec, output: AnyPath | None, other: Other | None) -> _Prepared:
-    """Everything that can be wrong about a bake is found here, before any work is done."""
-    root = Path(bake.root)
+def _job(base: Base, bake: BakeSpec, output: AnyPath | None, other: Other | None) -> Job:
     try:
-        prompts, generate = _prompts(base, bake.prompt, bake.prompts, bake.stimuli, bake.config, root)
-        pins = pins_for(base, bake.config, root) if bake.pins is None else bake.pins
-        longest = _longest(prompts)
-        contexts = contexts_for(base, longest, bake.config, root) if bake.contexts is None else bake.contexts
+        return make_job(
+            base, bake.prompt, bake.prompts, bake.stimuli, bake.config, other=other, pins=bake.pins,
+            contexts=bake.contexts, folder=output and output / bake.name, root=Path(bake.root),
+        )  # fmt: skip
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    identity = _identity(base, prompts, generate, pins, contexts, bake.config, other)
-    return _Prepared(prompts, generate, pins, contexts, identity, output and output / bake.name)
 
 
-def _member(
-    base: Base, bake: BakeSpec, one: _Prepared, finished: bool, progress: Progress, other: Other | None
-) -> Member:
+def _member(base: Base, bake: BakeSpec, job: Job, finished: bool, progress: Progress) -> Member:
     """The bake's examples, from responses that are sampled now or already there; finished, its folder is left alone."""
-    runs = Runs(None if finished else one.folder, hosts.environment(base.mesh))
+    folder = None if finished else job.folder
+    runs = Runs(folder, hosts.environment(base.mesh))
     try:
-        prompts = one.prompts
-        if one.generate:
-            prompts = _written(base, prompts, one.generate, one.folder, bake.config.seed, progress, other)
-        examples = _examples(base, prompts, bake.config, one.pins, one.contexts, one.folder, progress, runs, other)
+        examples = make_examples(base, job, runs, progress)
     except JaxbakeError as error:
         raise JaxbakeError(f"{bake.name}: {error}") from error
-    return Member(bake.name, bake.config, *examples, None if finished else one.folder, runs, other)
+    return Member(bake.name, bake.config, *examples, folder, runs, job.other)
