@@ -13,7 +13,8 @@ import pytest
 from jaxbake.data.batches import Batches, shared_prefix
 from jaxbake.data.chat import Example
 from jaxbake.errors import JaxbakeError
-from jaxbake.models.decoder import Prefix, forward, prefix_from
+from jaxbake.models.cache import Prefix
+from jaxbake.models.decoder import forward, prefix_from
 
 VOCAB = 97
 PROMPT = np.arange(1, 31, dtype=np.int32)  # u; 0 is BOS, 31.. are turns

@@ -14,7 +14,7 @@ from jaxbake.bake.targets import columns, kept_form
 from jaxbake.config import BakeConfig
 from jaxbake.data.batches import Batch, Shape, View
 from jaxbake.mesh import AnyMesh, check, put, sharding
-from jaxbake.models.decoder import PREFIX_AXES, Prefix
+from jaxbake.models.cache import PREFIX_AXES, Prefix
 from jaxbake.models.spec import ModelConfig, is_param, param_specs
 
 _ROWS, _MATCHED = ("batch", "seq"), ("batch", "matched")

@@ -19,7 +19,8 @@ from jaxbake.data.chat import Example
 from jaxbake.data.prompted import TeacherRows, prompts_of
 from jaxbake.mesh import parts
 from jaxbake.models.base import Base
-from jaxbake.models.decoder import Prefix, unembedding
+from jaxbake.models.cache import Prefix
+from jaxbake.models.decoder import unembedding
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import moments_of, top_k_of
 from jaxbake.sampling import shared_prefix as prefix_of

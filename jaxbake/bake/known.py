@@ -32,7 +32,7 @@ from jaxbake.data.chat import Example
 from jaxbake.files import AnyPath
 from jaxbake.mesh import put
 from jaxbake.models.base import Base
-from jaxbake.models.decoder import Prefix
+from jaxbake.models.cache import Prefix
 
 Told = dict[str, Any]
 """What a step is told of the teacher, as keyword arguments: what is `known` of it (`objectives.SoftTargets`), or the

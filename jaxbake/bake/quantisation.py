@@ -20,7 +20,8 @@ from jaxbake.files import read_json
 from jaxbake.models import families
 from jaxbake.models.base import Base, find_folder, load_tokenizer, parameter_dtype
 from jaxbake.models.checkpoint import stream_params
-from jaxbake.models.decoder import forward_kv, rms_norm, unembedding
+from jaxbake.models.decoder import forward_kv, unembedding
+from jaxbake.models.layer import rms_norm
 from jaxbake.models.quantised import check_kind, quantise_params
 from jaxbake.models.spec import ModelConfig, is_param, linear_shapes, param_specs
 from jaxbake.objectives import fused_metrics

@@ -17,7 +17,8 @@ from jaxbake.config import BakeConfig, OptimizerConfig
 from jaxbake.data.batches import Batch
 from jaxbake.deltas.lora import Delta, init_delta
 from jaxbake.mesh import constrain, mesh_of
-from jaxbake.models.decoder import Prefix, unembedding
+from jaxbake.models.cache import Prefix
+from jaxbake.models.decoder import unembedding
 from jaxbake.models.spec import ModelConfig, factor_axes
 from jaxbake.objectives import SoftTargets, fused_kl, fused_metrics
 

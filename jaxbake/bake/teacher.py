@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxbake.chip import chip
 from jaxbake.data.batches import Batch, View
 from jaxbake.mesh import constrain, mesh_of
-from jaxbake.models.decoder import Prefix, forward
+from jaxbake.models.cache import Prefix
+from jaxbake.models.decoder import forward
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import SoftTargets
 

@@ -23,7 +23,7 @@ from jaxbake.data.batches import Batches
 from jaxbake.data.chat import Example
 from jaxbake.memory import trim_after_compiling
 from jaxbake.models.base import put_params
-from jaxbake.models.decoder import Prefix
+from jaxbake.models.cache import Prefix
 from jaxbake.models.spec import ModelConfig
 from jaxbake.objectives import SoftTargets
 from jaxbake.sampling.generate import shared_prefix

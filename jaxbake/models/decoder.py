@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,106 +13,13 @@ from jaxbake.chip import chip
 from jaxbake.mesh import AnyMesh, constrain, in_context, mesh_of
 from jaxbake.models import apart, rope
 from jaxbake.models.attention import Keys, Seen
+from jaxbake.models.cache import PREFIX_AXES, Cache, Prefix, take_slots
+from jaxbake.models.layer import mlp, project_qkv, rms_norm, take
 from jaxbake.models.linear import LINEAR, einsum, linear
 from jaxbake.models.spec import ModelConfig
 from jaxbake.models.spread import attend_on, lookup, recompute_gathers, stationary, whole_layer
 
 NO_WINDOW = np.iinfo(np.int32).max
-PREFIX_AXES = ("layers", "prefix", "kv_heads", "head_dim")
-CACHE_AXES = ("layers", "batch", "cached", "kv_heads", "head_dim")
-"""Logical axes of a prefix's and a cache's keys and values."""
-
-
-@flax.struct.dataclass
-class Prefix:
-    """Keys and values of a prompt, computed once and shared by all rows: k, v [L, P, K, H].
-
-    Its tokens stand at positions 0 .. P - 1; how many of them a row's token sees is given with the row.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-    @property
-    def length(self) -> int:
-        return self.k[0].shape[-1] if apart.is_apart(self.k) else self.k.shape[1]
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values per row, for decoding: k, v [L, B, S, K, H]; positions, segments [B, S]; index scalar int32.
-
-    Slots from `index` on are free; free and padding slots have segment 0.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-    index: jax.Array
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
-    """An empty cache for `batch` rows of up to `length` tokens."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    slots = jnp.zeros((batch, length), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
-    """Root-mean-square norm (arXiv 1910.07467) in float32 over the last axis; the scale is `offset + weight`."""
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    if offset:  # Gemma scales before rounding, the others after: as each was trained.
-        return (x32 * (offset + weight.astype(x32.dtype))).astype(x.dtype)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
-
-
-def _activation(config: ModelConfig):
-    if config.activation == "silu":
-        return jax.nn.silu
-    if config.activation == "gelu_tanh":
-        return lambda x: jax.nn.gelu(x, approximate=True)
-    if config.activation == "gelu":
-        return lambda x: jax.nn.gelu(x, approximate=False)
-    raise ValueError(f"unknown activation {config.activation}")
-
-
-def _take(x_BTX: jax.Array, at_BK: jax.Array | None) -> jax.Array:
-    """What belongs to these positions of each row; None: to all."""
-    if at_BK is None:
-        return x_BTX
-    return jnp.take_along_axis(x_BTX, at_BK.reshape(*at_BK.shape, *[1] * (x_BTX.ndim - 2)), axis=1)
-
-
-def _project_qkv(x, at, layer, factors, scale, config: ModelConfig):
-    """Queries (of the positions `at`), keys and values."""
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    if config.fused_projections:
-        q, key, value = jnp.split(linear(x, layer, "qkv_proj", factors, scale), [n * h, (n + k) * h], axis=-1)
-        q = _take(q, at)
-    else:
-        q = linear(_take(x, at), layer, "q_proj", factors, scale)
-        key, value = (linear(x, layer, slot, factors, scale) for slot in ("k_proj", "v_proj"))
-
-    def norm(y, name):
-        return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
-
-    if config.qk_norm == "full":
-        q, key = norm(q, "q_norm"), norm(key, "k_norm")
-    q, key, value = (y.reshape(*y.shape[:2], -1, h) for y in (q, key, value))
-    if config.qk_norm == "head":
-        q, key = norm(q, "q_norm"), norm(key, "k_norm")
-    return q, key, value
-
-
-def _mlp(x, layer, factors, scale, config: ModelConfig, mesh: AnyMesh | None, rows: str | None):
-    if config.fused_projections:
-        gate, up = jnp.split(linear(x, layer, "gate_up_proj", factors, scale), 2, axis=-1)
-    else:
-        gate, up = (linear(x, layer, slot, factors, scale) for slot in ("gate_proj", "up_proj"))
-    inner = constrain(_activation(config)(gate) * up, (rows, "seq", "mlp"), mesh)
-    return linear(inner, layer, "down_proj", factors, scale)
 
 
 def _kept(block, remat: bool, mesh: AnyMesh | None):
@@ -136,7 +42,7 @@ def _kept(block, remat: bool, mesh: AnyMesh | None):
 def _asked(seen: Seen, at_BK: jax.Array | None) -> Seen:
     """What the queries of these positions see."""
     return seen._replace(
-        last=_take(seen.last, at_BK), segments=None if seen.segments is None else _take(seen.segments, at_BK)
+        last=take(seen.last, at_BK), segments=None if seen.segments is None else take(seen.segments, at_BK)
     )
 
 
@@ -205,7 +111,7 @@ def forward_kv(
     if prefix is not None:
         blocks.append(Seen(prefix_visible - 1, jnp.arange(prefix.length)))
     if cache is not None:
-        slots = _take_slots(cache, positions, segments) if in_turn else cache
+        slots = take_slots(cache, positions, segments) if in_turn else cache
         blocks.append(Seen(positions, slots.positions, segments, slots.segments))
     if not in_turn:
         blocks.append(Seen(positions, positions, segments, segments))
@@ -245,9 +151,9 @@ def forward_kv(
             return rms_norm(y, layer[name], config.norm_eps, config.norm_offset)
 
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
-        q, k, v = _project_qkv(norm(x, "input_layernorm") if before else x, at, layer, factors, scale, config)
+        q, k, v = project_qkv(norm(x, "input_layernorm") if before else x, at, layer, factors, scale, config)
         table = (cos[0], sin[0]) if len(config.ropes) == 1 else (cos[info["rope"]], sin[info["rope"]])
-        q = constrain(rope.rotate(q, *(_take(angle, at) for angle in table)), ("batch", "seq", "heads", None), mesh)
+        q = constrain(rope.rotate(q, *(take(angle, at) for angle in table)), ("batch", "seq", "heads", None), mesh)
         k = constrain(rope.rotate(k, *table), ("batch", "seq", "kv_heads", None), mesh)
         v = constrain(v, ("batch", "seq", "kv_heads", None), mesh)
         if in_turn:
@@ -255,15 +161,15 @@ def forward_kv(
             keys = [apart.seen(*kv) for kv in ([memory["prefix"]] if "prefix" in memory else []) + [(k, v)]]
         else:
             keys = [memory[name] for name in ("prefix", "cache") if name in memory] + [(k, v)]
-        first = _take(positions - info["window"] + 1, at) if any(windows) else None
+        first = take(positions - info["window"] + 1, at) if any(windows) else None
         seen_keys = [Keys(*kv, _asked(seen, at)._replace(first=first)) for kv, seen in zip(keys, blocks, strict=True)]
         y = attend_on(mesh, q, seen_keys, scale=config.query_scale, softcap=config.attention_softcap)
         y = constrain(y, (rows, "seq", "heads"), mesh)
         y = linear(y, layer, "o_proj", factors, scale)
-        x = _take(x, at)
+        x = take(x, at)
         x = constrain(x + (norm(y, "post_attention_layernorm") if after else y), hidden_axes, mesh)
         mlp_norm = {"pre": "post_attention_layernorm", "sandwich": "pre_feedforward_layernorm"}
-        y = _mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config, mesh, rows)
+        y = mlp(norm(x, mlp_norm[config.norm_placement]) if before else x, layer, factors, scale, config, mesh, rows)
         x = constrain(x + (norm(y, "post_feedforward_layernorm") if after else y), hidden_axes, mesh)
         return x, {"k": k, "v": v}
 
@@ -293,30 +199,6 @@ def forward(params: Any, delta: Any, tokens_BT: jax.Array, *, config: ModelConfi
         compiled by itself then, does nothing for the others but their keys and values.
     """
     return forward_kv(params, delta, tokens_BT, config=config, **options)[0]
-
-
-def append(cache: Cache, kv: dict[str, jax.Array], positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
-    """The cache with these tokens written at its index; there must be room (sizes are static, the caller's to plan)."""
-    if not apart.is_apart(kv["k"]):
-        kv = {name: _write(getattr(cache, name), kv[name], cache.index) for name in ("k", "v")}
-    return _take_slots(cache, positions_BT, segments_BT).replace(**kv)
-
-
-def _take_slots(cache: Cache, positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
-    """The cache with its next slots given to these tokens."""
-    return cache.replace(
-        positions=_write(cache.positions, positions_BT, cache.index),
-        segments=_write(cache.segments, segments_BT, cache.index),
-        index=cache.index + positions_BT.shape[1],
-    )
-
-
-def _write(buffer: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """The buffer of a cache with tokens' entries written from slot `at` on."""
-    start, axes = ((0, 0, at, 0, 0), CACHE_AXES) if buffer.ndim == 5 else ((0, at), CACHE_AXES[1:3])
-    mesh = mesh_of(new)
-    new = constrain(new.astype(buffer.dtype), axes, mesh)
-    return constrain(jax.lax.dynamic_update_slice(buffer, new, start), axes, mesh)
 
 
 def prefix_from(params: Any, delta: Any, tokens_P: jax.Array, *, config: ModelConfig) -> Prefix:

@@ -8,58 +8,19 @@ and its statistics are rows; the query heads of a group share each tile of keys 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxbake.models.flash_kernels import Settings, backward_kernel, forward_kernel
+from jaxbake.models.flash_tiles import TILES, TILES_ELSEWHERE, Bounds, bounds_of, pad, plan_tiles, tile_size
+
 if TYPE_CHECKING:
-    from jaxbake.models.attention import Keys, Seen
-
-MASKED = -1e30
-_FAR = jnp.iinfo(jnp.int32).max
-_LOG2E = math.log2(math.e)
-_SKIP, _PART, _WHOLE = 0, 1, 2  # what a tile of scores needs: nothing, the mask, no mask
-
-
-TILES = {
-    "TPU v5 lite": (512, 512, 512, 512),
-    "TPU v5": (512, 512, 512, 512),
-    "TPU v6 lite": (512, 1024, 512, 512),
-}
-"""Queries and keys of a tile, forward and backward, by chip. By the compiler's schedules (4 heads of size 128 a key
-head, bfloat16), cycles per 1,000 scores, forward: v5e 5.3 at 256 x 512, 5.2 at 512 x 512, 5.8 at 256 x 1024; v6e 3.6 at
-512 x 512, 3.2 at 512 x 1024. Backward: v5e 10.1 at 256 x 256, 9.4 at 256 x 512, 9.0 at 512 x 512; v6e 4.6 there."""
-TILES_ELSEWHERE = (512, 512, 512, 512)
-
-
-class Bounds(NamedTuple):
-    """Which keys each query sees: positions first <= p <= last and the same segment. All int32.
-
-    first, last, segments: [B, T]; key_positions, key_segments: [B, S], or [1, S] where all rows share the keys.
-    """
-
-    first: jax.Array
-    last: jax.Array
-    segments: jax.Array
-    key_positions: jax.Array
-    key_segments: jax.Array
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Static: tile sizes in queries (of each head of a group) and keys, forward and backward, and how to run."""
-
-    scale: float
-    softcap: float | None
-    tiles: tuple[int, int, int, int]
-    interpret: bool
+    from jaxbake.models.attention import Keys
 
 
 def attend(
@@ -83,23 +44,13 @@ def attend(
     how = Settings(float(scale), None if softcap is None else float(softcap), tiles, interpret)
 
     def columns(x: jax.Array) -> jax.Array:
-        x = _pad(x if x.ndim == 4 else x[None], 3, 128)
+        x = pad(x if x.ndim == 4 else x[None], 3, 128)
         return x.reshape(*x.shape[:2], -1)
 
     keys = [(columns(block.k), columns(block.v)) for block in blocks]
-    bounds = [_bounds(block.seen) for block in blocks]
+    bounds = [bounds_of(block.seen) for block in blocks]
     out = _attend(how, blocks[0].k.shape[-2], columns(q_BTNH), keys, bounds)
     return out if h % 128 == 0 else out.reshape(b, t, n, -1)[..., :h].reshape(b, t, n * h)
-
-
-def _bounds(seen: Seen) -> Bounds:
-    last = jnp.asarray(seen.last, jnp.int32)
-    first = jnp.full_like(last, -_FAR) if seen.first is None else jnp.asarray(seen.first, jnp.int32)
-    positions = jnp.asarray(seen.positions, jnp.int32).reshape(-1, seen.positions.shape[-1])
-    if seen.segments is None:
-        return Bounds(first, last, jnp.zeros_like(last), positions, jnp.zeros_like(positions))
-    own, theirs = jnp.asarray(seen.segments, jnp.int32), jnp.asarray(seen.key_segments, jnp.int32)
-    return Bounds(first, last, own, positions, theirs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -143,13 +94,13 @@ def flash_forward(
     b, t, _ = q_BTX.shape
     h = keys[0][0].shape[2] // kv_heads
     groups = q_BTX.shape[2] // (kv_heads * h)
-    bq = _tile(how.tiles[0], t)
-    q = _pad(q_BTX, 1, bq)
+    bq = tile_size(how.tiles[0], t)
+    q = pad(q_BTX, 1, bq)
     starts, plans, operands, specs = [0], [], [], []
     for (k, v), bound in zip(keys, bounds, strict=True):
-        bk = _tile(how.tiles[1], k.shape[1])
-        k, v = _pad(k, 1, bk), _pad(v, 1, bk)
-        plan, of_queries, of_keys = _plan(bound, bq, bk)
+        bk = tile_size(how.tiles[1], k.shape[1])
+        k, v = pad(k, 1, bk), pad(v, 1, bk)
+        plan, of_queries, of_keys = plan_tiles(bound, bq, bk)
         start, count, own = starts[-1], k.shape[1] // bk, k.shape[0] == b
 
         def at(b, j, start=start, count=count, own=own):
@@ -168,7 +119,7 @@ def flash_forward(
         starts.append(start + count)
     tile_of_queries = pl.BlockSpec((1, bq, groups * h), lambda b, n, i, j, _: (b, i, n))
     out, lse = pl.pallas_call(
-        partial(_forward_kernel, how=how, starts=starts, groups=groups),
+        partial(forward_kernel, how=how, starts=starts, groups=groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, q.shape[1] // bq, starts[-1]),
@@ -223,15 +174,15 @@ def flash_backward(
             dq, dk, dv = [*dq, one], dk + dk_part.astype(jnp.float32), dv + dv_part.astype(jnp.float32)
         return jnp.concatenate(dq, 1), dk, dv
 
-    bq, bk = _tile(how.tiles[2], t), _tile(how.tiles[3], s)
-    q, grad, out = (_pad(x, 1, bq) for x in (q_BTX, grad_BTX, out_BTX))
-    k, v, lse = _pad(k_BSX, 1, bk), _pad(v_BSX, 1, bk), _pad(lse_BKGT, 3, bq)
-    plan, of_queries, of_keys = _plan(bounds, bq, bk)
+    bq, bk = tile_size(how.tiles[2], t), tile_size(how.tiles[3], s)
+    q, grad, out = (pad(x, 1, bq) for x in (q_BTX, grad_BTX, out_BTX))
+    k, v, lse = pad(k_BSX, 1, bk), pad(v_BSX, 1, bk), pad(lse_BKGT, 3, bq)
+    plan, of_queries, of_keys = plan_tiles(bounds, bq, bk)
     tq, tk = q.shape[1] // bq, k.shape[1] // bk
     tile_of_queries = pl.BlockSpec((1, bq, groups * h), lambda b, n, j, i, _: (b, i, n))
     tile_of_keys = pl.BlockSpec((1, bk, h), lambda b, n, j, i, _: (b, j, n))
     dq, dk, dv = pl.pallas_call(
-        partial(_backward_kernel, how=how),
+        partial(backward_kernel, how=how),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, tk, tq),
@@ -269,162 +220,6 @@ def flash_backward(
         name="flash_backward",
     )(plan, q, k, v, grad, out, lse, of_queries, of_keys)
     return dq[:, :t], dk[:, :s], dv[:, :s]
-
-
-def _forward_kernel(plan_ref, q_ref, *refs, how: Settings, starts: list[int], groups: int):
-    *of_blocks, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    h = sum_ref.shape[1]
-
-    @pl.when(j == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
-
-    def accumulate(k_ref, v_ref, of_queries_ref, of_keys_ref, masked: bool):
-        k, vt = k_ref[0], v_ref[0].T
-        seen = _seen(of_queries_ref, of_keys_ref) if masked else None
-        for g in range(groups):
-            score, _ = _scores(how, k, q_ref[0, :, g * h : (g + 1) * h])
-            if masked:
-                score = jnp.where(seen, score, MASKED)
-            before = peak_ref[g]
-            peak = jnp.maximum(before, jnp.max(score, axis=0, keepdims=True))
-            weight = jnp.exp2(score - peak)
-            if masked:  # where a query has seen no key yet, the peak is MASKED too
-                weight = jnp.where(seen, weight, 0.0)
-            shrink = jnp.exp2(before - peak)
-            total_ref[g] = total_ref[g] * shrink + jnp.sum(weight, axis=0, keepdims=True)
-            sum_ref[g] = sum_ref[g] * shrink + _dot(vt, weight.astype(vt.dtype), 1, 0)
-            peak_ref[g] = peak
-
-    what = plan_ref[b, i, j]
-    for n, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        block, here = of_blocks[4 * n : 4 * n + 4], (j >= start) & (j < end)
-        pl.when(here & (what == _PART))(partial(accumulate, *block, masked=True))
-        pl.when(here & (what == _WHOLE))(partial(accumulate, *block, masked=False))
-
-    @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        for g in range(groups):
-            total = total_ref[g]
-            none = total == 0
-            out_ref[0, :, g * h : (g + 1) * h] = (sum_ref[g] / jnp.where(none, 1.0, total)).T.astype(out_ref.dtype)
-            lse = (peak_ref[g] + jnp.log2(jnp.where(none, 1.0, total))) / _LOG2E
-            lse_ref[0, 0, g, :] = jnp.where(none, MASKED, lse)[0]
-
-
-def _backward_kernel(
-    plan_ref, q_ref, k_ref, v_ref, grad_ref, out_ref, lse_ref, of_queries_ref, of_keys_ref, dq_ref, dk_ref, dv_ref,
-    dq_sum, mean_ref, dk_sum, dv_sum, kt_ref, *, how: Settings,
-):  # fmt: skip
-    b, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    groups, h = dq_sum.shape[1:3]
-    heads = [slice(g * h, (g + 1) * h) for g in range(groups)]
-
-    @pl.when(j == 0)
-    def _():
-        dq_sum[i] = jnp.zeros_like(dq_sum[i])
-        for g, head in enumerate(
-            heads
-        ):  # the mean under the softmax of what a key's weight gains; as a row, by a product
-            gain = grad_ref[0, :, head].astype(jnp.float32) * out_ref[0, :, head].astype(jnp.float32)
-            mean_ref[i, g] = _dot(jnp.ones((8, h), jnp.float32), gain, 1, 1)
-
-    @pl.when(i == 0)
-    def _():
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
-        kt_ref[...] = k_ref[0].T
-
-    def accumulate(masked: bool):
-        k, kt, v = k_ref[0], kt_ref[...], v_ref[0]
-        seen = _seen(of_queries_ref, of_keys_ref) if masked else None
-        for g, head in enumerate(heads):
-            q, grad = q_ref[0, :, head], grad_ref[0, :, head]
-            score, slope = _scores(how, k, q)
-            weight = jnp.exp2(score - lse_ref[0, 0, g, :][None] * _LOG2E)
-            if masked:
-                weight = jnp.where(seen, weight, 0.0)
-            dv_sum[...] += _dot(weight.astype(grad.dtype), grad, 1, 0)
-            dscore = weight * (_dot(v, grad, 1, 1) - mean_ref[i, g, 0:1])
-            if slope is not None:
-                dscore = dscore * slope
-            dscore = dscore.astype(q.dtype)
-            dk_sum[...] += _dot(dscore, q, 1, 0)
-            dq_sum[i, g] += _dot(kt, dscore, 1, 0)
-
-    what = plan_ref[b, i, j]
-    pl.when(what == _PART)(partial(accumulate, masked=True))
-    pl.when(what == _WHOLE)(partial(accumulate, masked=False))
-
-    @pl.when(i == pl.num_programs(3) - 1)
-    def _():
-        dk_ref[0] = (dk_sum[...] * how.scale).astype(dk_ref.dtype)
-        dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
-
-    @pl.when(j == pl.num_programs(2) - 1)
-    def _():
-        for g, head in enumerate(heads):
-            dq_ref[0, :, head] = (dq_sum[i, g] * how.scale).T.astype(dq_ref.dtype)
-
-
-def _scores(how: Settings, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scores [keys, queries] in units of log 2, and the slope of the soft cap if there is one."""
-    score = _dot(k, q, 1, 1)
-    if how.softcap is None:
-        return score * (how.scale * _LOG2E), None
-    bent = jnp.tanh(score * (how.scale / how.softcap))
-    return bent * (how.softcap * _LOG2E), 1 - bent * bent
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((axis_a,), (axis_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _seen(of_queries_ref, of_keys_ref) -> jax.Array:
-    """The mask [keys, queries] of a tile."""
-    position, segment = of_keys_ref[0, :, 0:1], of_keys_ref[0, :, 1:2]
-    first, last, own = (of_queries_ref[0, n, :][None] for n in range(3))
-    return (position >= first) & (position <= last) & (segment == own)
-
-
-def _plan(bounds: Bounds, bq: int, bk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each tile needs [B, T / bq, S / bk], and the bounds as the kernels read them, [B, 3, T] and [B, S, 2].
-
-    Judged from each tile's smallest and largest bounds; queries and keys added as padding see and show nothing.
-    """
-    first, last, own = (_pad(x, 1, bq, fill) for x, fill in zip(bounds[:3], (_FAR, -1, 0), strict=True))
-    position, segment = (_pad(x, 1, bk, fill) for x, fill in zip(bounds[3:], (_FAR, 0), strict=True))
-
-    def ends(x, size, axis):
-        x = x.reshape(x.shape[0], -1, size)
-        return jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis)
-
-    (first_min, first_max), (last_min, last_max), (own_min, own_max) = (ends(x, bq, 2) for x in (first, last, own))
-    (low, high), (segment_min, segment_max) = (ends(x, bk, 1) for x in (position, segment))
-    none = (low > last_max) | (high < first_min) | (segment_min > own_max) | (segment_max < own_min)
-    one = (segment_min == segment_max) & (own_min == own_max) & (segment_min == own_min)
-    whole = (high <= last_min) & (low >= first_max) & one
-    plan = jnp.where(none, _SKIP, jnp.where(whole, _WHOLE, _PART)).astype(jnp.int32)
-    return plan, jnp.stack([first, last, own], 1), jnp.stack([position, segment], 2)
-
-
-def _tile(wanted: int, length: int) -> int:
-    """The tile size: at most what is wanted, in whole lanes (128) where that is, with little padding."""
-    lanes = min(wanted, 128)
-    tiles = -(-length // wanted)
-    return -(-length // (tiles * lanes)) * lanes
-
-
-def _pad(x: jax.Array, axis: int, multiple: int, fill: int = 0) -> jax.Array:
-    more = -x.shape[axis] % multiple
-    if not more:
-        return x
-    return jnp.pad(x, [(0, more if n == axis else 0) for n in range(x.ndim)], constant_values=fill)
 
 
 def _longest_row(columns: int) -> int:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbake.models import apart
-from jaxbake.models.decoder import Cache, Prefix, append, forward_kv, init_cache, logits_from
+from jaxbake.models.cache import Cache, Prefix, append, init_cache
+from jaxbake.models.decoder import forward_kv, logits_from
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling.filters import Filters, draw
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxbake import hosts
 from jaxbake.errors import JaxbakeError
 from jaxbake.mesh import AnyMesh, mesh_of, parts, put
-from jaxbake.models.decoder import Prefix, prefix_from
+from jaxbake.models.cache import Prefix
+from jaxbake.models.decoder import prefix_from
 from jaxbake.models.spec import ModelConfig
 from jaxbake.sampling import engine
 from jaxbake.sampling.filters import Filters, make_filters

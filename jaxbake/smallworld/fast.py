@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbake.models import rope
-from jaxbake.models.decoder import rms_norm, segment_positions
+from jaxbake.models.decoder import segment_positions
+from jaxbake.models.layer import rms_norm
 from jaxbake.models.spec import ModelConfig
 
 
