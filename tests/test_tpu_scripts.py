@@ -85,6 +85,15 @@ def test_dry_runs_print_the_exact_commands(name, cloud):
     assert said == path.read_text()
 
 
+def test_several_recipes_are_baked_in_one_step(cloud):
+    recipes = "configs/persona.yaml configs/facts.yaml"
+    said = dry("run", {"RECIPE": recipes})
+    assert f"start jaxbake bake-many {recipes} --pod --preemptible --mesh auto --output gs://" in said
+    for given, wrong in ((f"{recipes} configs/none.yaml", "RECIPE=configs/none.yaml: no such file"), (" ", "is empty")):
+        done = cloud.run("run", settings={"RECIPE": given})
+        assert done.returncode == 1 and wrong in done.stderr, done.stderr
+
+
 def test_scripts_are_clean():
     """shellcheck, following what is sourced."""
     tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))

@@ -6,4 +6,4 @@ start "$@"
 no_more
 
 run mkdir -p "$RESULTS"
-run gcloud storage rsync --recursive "--exclude=^checkpoints/" "$OUTPUT" "$RESULTS"
+run gcloud storage rsync --recursive "--exclude=^(.*/)?(checkpoints|[.]many)/" "$OUTPUT" "$RESULTS"

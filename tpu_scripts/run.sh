@@ -6,7 +6,13 @@ source "$(dirname "$0")/lib.sh"
 start "$@"
 no_more
 
-[[ -f $ROOT/$RECIPE ]] || die "RECIPE=$RECIPE: no such file in $ROOT"
+read -r -a recipes <<<"$RECIPE"
+((${#recipes[@]})) || die "RECIPE: is empty; name a recipe, or several"
+for recipe in "${recipes[@]}"; do
+    [[ -f $ROOT/$recipe ]] || die "RECIPE=$recipe: no such file in $ROOT"
+done
+bake=bake
+((${#recipes[@]} > 1)) && bake='bake-many'
 flags=(--pod)
 ((SPOT)) && flags+=(--preemptible)
 [[ -n $MESH ]] && flags+=(--mesh "$MESH")
@@ -16,4 +22,4 @@ token=''
 
 trap give_back_on_failure EXIT
 on_all "cd ~/jaxbake && ${token}JAXBAKE_CACHE=$COMPILE_CACHE PATH=~/jaxbake-env/bin:\$PATH \
-bash tpu_scripts/host.sh start $(quoted jaxbake bake "$RECIPE" "${flags[@]}" --output "$OUTPUT" "${more[@]}")"
+bash tpu_scripts/host.sh start $(quoted jaxbake $bake "${recipes[@]}" "${flags[@]}" --output "$OUTPUT" "${more[@]}")"
