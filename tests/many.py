@@ -91,14 +91,20 @@ def _wait(pids: list[int], seconds: float) -> list[int]:
 
 
 def _child(
-    arguments: list[str], log: str, pause: float = 0.0, steps: int = 60, peer_timeout: int = 20, model: str = ""
+    arguments: list[str],
+    log: str,
+    pause: float = 0.0,
+    steps: int = 60,
+    peer_timeout: int = 20,
+    model: str = "",
+    recipes: bool = False,
 ) -> None:
     """One process of the command line, whose recipe is a bake of the tiny model and its exports (of `bake-many`, the
     bakes of test_many).
 
     Process 0 says where it is, and what that has cost. pause: seconds after each step. model: a folder that has
-    the tiny model, which is then read from there and also exported merged.
-    """
+    the tiny model, which is then read from there and also exported merged. recipes: do what they say, instead.
+    """  # fmt: skip
     import faulthandler
     import signal
 
@@ -147,8 +153,9 @@ def _child(
 
     show.Bars.__call__ = say
     show.print_json = lambda value: print("done", flush=True)
-    run.run_recipe, run.run_recipes = run_recipe, run_recipes
-    jb.BakeResult.to_dict = lambda self: {}
+    if not recipes:
+        run.run_recipe, run.run_recipes = run_recipe, run_recipes
+        jb.BakeResult.to_dict = lambda self: {}
     os.environ["JAXBAKE_PEER_TIMEOUT"] = str(peer_timeout)
     app([*arguments, "--json"])
 
