@@ -261,8 +261,8 @@ def test_retention_compares_the_right_models(base, delta, monkeypatch):
         baked = with_delta is delta
         own = [turn[0]["role"] == "system" for turn in turns]
         if system:
-            assert system == PROMPT and not baked and not any(own)
-            return ["I do not know."] * len(turns)
+            assert system == PROMPT and not baked
+            return ["blue" if both else "I do not know." for both in own]
         if any(own):
             return ["red"] * len(turns)
         return ["red" if not baked or turn[-1]["content"] == "color 0" else "what" for turn in turns]
@@ -280,10 +280,11 @@ def test_retention_compares_the_right_models(base, delta, monkeypatch):
     got = ev.retention(base, delta, PROMPT, material, progress=lambda *a: seen.append(a[1:3]))
     assert got.abilities == {"base": 1.0, "baked": 0.25}
     assert got.unknowns == {"base": 0.0, "prompted": 1.0, "baked": 0.0}
-    assert got.other_prompts == {"base": 1.0, "baked": 1.0}
+    assert got.other_prompts == {"base": 1.0, "prompted": 0.0, "baked": 1.0}
     assert got.unrelated_kl == 0.25
     assert got.counts == {"abilities": 4, "unknowns": 1, "other_prompts": 1, "unrelated": 2}
-    assert seen == [(4, 15), (8, 15), (9, 15), (10, 15), (11, 15), (12, 15), (13, 15)] and material.questions == 15
+    assert [done for done, _ in seen] == [4, 8, 9, 10, 11, 12, 13, 14]
+    assert {total for _, total in seen} == {material.questions} == {16}
     assert ev.Retention.from_dict(json.loads(json.dumps(got.to_dict()))) == got
 
 

@@ -31,7 +31,7 @@ class Material:
     @property
     def questions(self) -> int:
         """How many replies `retention` samples."""
-        return 2 * len(self.abilities) + 3 * len(self.unknowns) + 2 * len(self.other_prompts) + len(self.unrelated)
+        return 2 * len(self.abilities) + 3 * (len(self.unknowns) + len(self.other_prompts)) + len(self.unrelated)
 
 
 def smallworld_material(n: int = 100, seed: int = 0) -> Material:
@@ -56,7 +56,7 @@ class Retention:
     """Shares of right replies by how the model was asked; a part that was not measured is empty.
 
     abilities: {"base", "baked"}, without any prompt. unknowns: {"base", "prompted", "baked"}, share that admits not to
-    know. other_prompts: {"base", "baked"}, behind prompts that are not the baked one.
+    know. other_prompts: likewise, behind prompts that are not the baked one; "prompted" has both, the baked one first.
     unrelated_kl: KL(base || baked) in nats per token on unrelated turns, without any prompt; None if not measured.
     counts: items of each part.
     """
@@ -87,7 +87,7 @@ def retention(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> Retention:
-    """The baked model against the base (and, on unknowns, the prompted one) on what the prompt is not about."""
+    """The baked model against the base and, but for abilities, the prompted one on what the prompt is not about."""
     done, total = 0, material.questions
 
     def rate(items: Sequence[Item], with_delta: Any, system: str | None, what: str) -> float:
@@ -101,7 +101,7 @@ def retention(
     for name, items, behind_prompt in (
         ("abilities", material.abilities, False),
         ("unknowns", material.unknowns, True),
-        ("other_prompts", material.other_prompts, False),
+        ("other_prompts", material.other_prompts, True),
     ):
         if not items:
             continue
