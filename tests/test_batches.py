@@ -141,13 +141,17 @@ def test_shapes_are_few_and_kept():
             seed=0,
             rows_multiple=rows_multiple,
         )
-        allowed = {(s.rows, s.student, s.teacher, s.matched) for s in batches.shapes}
+        allowed = {(s.rows, s.student, s.teacher, s.matched, s.kept) for s in batches.shapes}
+        assert all(not s.kept for s in batches.shapes) or rows_multiple == 1
         seen = Counter()
         for batch in [*map(batches.batch, range(60)), *batches.all()]:
             student, teacher = batch.student.tokens.shape, batch.teacher.tokens.shape
             assert student[0] == teacher[0] == len(batch.weights) and student[0] % rows_multiple == 0
             assert batch.student.index.shape == batch.teacher.index.shape == batch.targets.shape == batch.weights.shape
-            seen[(*student, teacher[1], batch.weights.shape[1])] += 1
+            if batch.kept is not None:  # every matched token once, and padding
+                source = batch.source.ravel()[batch.kept]
+                assert sorted(source[source >= 0]) == sorted(batch.source[batch.source >= 0])
+            seen[(*student, teacher[1], batch.weights.shape[1], 0 if batch.kept is None else batch.kept.size)] += 1
         assert set(seen) <= allowed and len(allowed) <= 4, seen
 
 
@@ -170,6 +174,7 @@ def test_few_tokens_are_padding(batch_size):
         filled += (batch.student.segments > 0).sum() + (batch.teacher.segments > 0).sum()
         total += batch.student.segments.size + batch.teacher.segments.size
     assert useful == filled / total
+    assert batches.projected_fraction(50) >= (0.85 if batch_size == 16 else 0.9)
 
 
 def test_batches_hold_kinds_and_lengths_in_proportion():

@@ -19,7 +19,7 @@ from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, 
 from jaxbake.data.batches import Batch, View
 from jaxbake.models.decoder import forward, prefix_from, unembedding
 from jaxbake.models.spec import ModelConfig, init_params, linear_shapes
-from jaxbake.objectives import reference_kl
+from jaxbake.objectives import moments_of, reference_kl, top_k_of
 
 # Sizes of which no two are equal, so that an array of the base's shape can be told from any other.
 CONFIG = ModelConfig(
@@ -175,6 +175,38 @@ def test_a_delta_of_nothing_is_the_base_bit_for_bit(params, init):
     state, tokens = init_state(jax.random.key(0), CONFIG, config), make_batch(4).student.tokens
     plain = jax.jit(lambda p, d: forward(p, d, tokens, config=CONFIG))
     np.testing.assert_array_equal(plain(params, None), plain(params, state.delta))
+
+
+@pytest.mark.parametrize("said", [None, partial(top_k_of, k=8), moments_of], ids=["asked", "top k", "moments"])
+def test_only_matched_tokens_are_projected(params, prefix, said):
+    """Loss and gradient (by plain SGD) are the same; no logits of the padding are made."""
+    config, batch = bake_config(clip_norm=None), make_batch(4)
+    matched = np.flatnonzero(batch.source >= 0)
+    assert matched.size == 10
+    some = batch.replace(kept=np.append(matched, [1, 1]).astype(np.int32))
+    known = None
+    if said is not None:
+        known = said(hidden_at(params, None, batch.teacher, config=CONFIG, prefix=prefix), unembedding(params))
+    step, results = make_bake_step(CONFIG, config, optax.sgd(1.0)), []
+    for given in (batch, some):
+        state = init_state(jax.random.key(0), CONFIG, config).replace(opt_state=optax.sgd(1.0).init({}))
+        if said is None:
+            made = {x.aval.shape for jaxpr in all_jaxprs(step.trace(state, params, given, prefix).jaxpr.jaxpr)
+                    for eqn in jaxpr.eqns for x in eqn.outvars}  # fmt: skip
+            count = given.source.size if given.kept is None else given.kept.size
+            assert {shape[0] for shape in made if len(shape) == 2 and shape[1] == CONFIG.vocab_size} == {count}
+        state, metrics = step(state, params, given, None if said else prefix, known)
+        results.append((jax.tree.leaves(state.delta.factors), metrics))
+    (all_factors, all_metrics), (some_factors, some_metrics) = results
+    assert some_metrics["loss"] > 0 and some_metrics["tokens"] == 10
+    for name in all_metrics:
+        np.testing.assert_allclose(some_metrics[name], all_metrics[name], rtol=2e-6)
+    for a, b in zip(some_factors, all_factors, strict=True):  # factors of about 0.1: sums in another order
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-7)
+    if said is not moments_of:
+        evaluate, delta = make_eval_step(CONFIG, config), state.delta
+        found = [evaluate(delta, params, given, None if said else prefix, known) for given in (batch, some)]
+        np.testing.assert_allclose(found[1], found[0], rtol=2e-6)
 
 
 def test_where_both_views_are_equal_the_first_loss_is_zero(params, prefix):

@@ -28,8 +28,10 @@ HIDDEN_AXES = ("batch", "matched", None)
 
 def put_batch(batch: Batch, mesh: AnyMesh | None) -> Batch:
     """A batch, with a teacher's view or without, on the mesh, its rows over replica and fsdp; on the device where there
-    is none. Every process gives the whole and passes on its own rows."""
+    is none. Every process gives the whole and passes on its own rows, which are projected where they lie."""
+    batch = batch if mesh is None else batch.replace(kept=None)
     axes = BATCH_AXES if batch.teacher is not None else BATCH_AXES.replace(teacher=None)
+    axes = axes if batch.kept is None else axes.replace(kept=(None,))
     return jax.tree.map(lambda x, axes: put(x, axes, mesh), batch, axes)
 
 

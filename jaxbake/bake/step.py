@@ -101,8 +101,9 @@ def state_axes(state: BakeState, config: ModelConfig) -> Any:
 
 def divergence_sum(student_BKD, params, targets: Targets, batch: Batch, config: ModelConfig, loss):
     """(sum, count) over the matched tokens."""
+    student, known, weights, answers = batch.projected((student_BKD, targets.known, batch.weights, batch.targets))
     return fused_kl(
-        student_BKD, unembedding(params), targets.known, targets.unembed, batch.weights, targets_N=batch.targets,
+        student, unembedding(params), known, targets.unembed, weights, targets_N=answers,
         divergence=loss.divergence, temperature=loss.temperature, softcap=config.logit_softcap,
         teacher_softcap=targets.softcap, beta=loss.beta, chunk_size=loss.chunk_size,
         implementation=loss.implementation,
@@ -221,8 +222,9 @@ def make_eval_step(
         targets = Targets(known, None, model_config.logit_softcap)
         targets = teacher(params, batch, prefix) if known is None else targets
         student = hidden_at(params, delta, batch.student, config=model_config)
+        student, known, weights = batch.projected((student, targets.known, batch.weights))
         sums = fused_metrics(
-            student, unembedding(params), targets.known, targets.unembed, batch.weights,
+            student, unembedding(params), known, targets.unembed, weights,
             softcap=model_config.logit_softcap, teacher_softcap=targets.softcap,
             chunk_size=bake_config.loss.chunk_size,
         )  # fmt: skip

@@ -105,6 +105,7 @@ def bench_step(
         "measured_peak_gflops": peak / 1e9,
         "share_of_peak_done": flops / median / peak,
         "useful_fraction": batches.useful_fraction(),
+        "projected_fraction": batches.projected_fraction(),
         "rows": [asdict(s) for s in batches.shapes],
         "loss": loss,
     }

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import flax.struct
+import jax
 import numpy as np
 
 from jaxbake.data.chat import Example
@@ -37,6 +40,8 @@ class Batch:
 
     targets: int32 [B, K], the matched token; weights: float32 [B, K], 0 for padding.
     source: int32 [B, K], which of all examples' matched tokens (counted in order) it is, -1 for padding.
+    kept: int32 [N], which of the B * K places to project to the vocabulary: all that are no padding, and then some
+    that is; None: all.
     Student and teacher rows may differ in length T.
     """
 
@@ -45,16 +50,29 @@ class Batch:
     targets: np.ndarray
     weights: np.ndarray
     source: np.ndarray
+    kept: np.ndarray | None = None
+
+    def projected(self, tree: Any) -> Any:
+        """Of arrays [B, K, ...], what is to be projected: [N, ...], or the same."""
+        if self.kept is None:
+            return tree
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[self.kept], tree)
 
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Shape of a batch: rows B, row lengths T of student and teacher, matched tokens a row K."""
+    """Shape of a batch: rows B, row lengths T of student and teacher, matched tokens a row K, and how many of all of
+    them are projected to the vocabulary, N (0: all, as on several devices, each of which projects its own rows')."""
 
     rows: int
     student: int
     teacher: int
     matched: int
+    kept: int = 0
+
+    @property
+    def projected(self) -> int:
+        return self.kept or self.rows * self.matched
 
 
 def _match(a: np.ndarray, b: np.ndarray) -> int:
@@ -214,10 +232,19 @@ class Batches:
         useful = computed = 0
         for step in range(steps):
             chosen = self.chosen(step)
-            shape = self._fit(self._shapes, len(self._pack(chosen, self._shapes[0])))
+            shape = self._fit_batch(chosen, self._pack(chosen, self._shapes[0]))
             useful += int(self._student.lengths[chosen].sum() + self._teacher.lengths[chosen].sum())
             computed += shape.rows * (shape.student + shape.teacher)
         return useful / computed
+
+    def projected_fraction(self, steps: int = _PREVIEW) -> float:
+        """Share of the tokens projected to the vocabulary that are matched ones, over some steps."""
+        matched = projected = 0
+        for step in range(steps):
+            chosen = self.chosen(step)
+            matched += int(self._matched[chosen].sum())
+            projected += self._fit_batch(chosen, self._pack(chosen, self._shapes[0])).projected
+        return matched / projected
 
     def _bucket(self, length: int) -> int:
         return -(-_bucket(length) // self._tokens_multiple) * self._tokens_multiple
@@ -226,14 +253,20 @@ class Batches:
         return -(-rows // self._multiple) * self._multiple
 
     def _with_overflow(self, shape: Shape) -> tuple[Shape, ...]:
-        """A shape, and at most three with more rows; in the largest every example could have a row of its own."""
-        most = self._round(self.batch_size)
-        more = {min(self._round(-(-shape.rows * eighths // 8)), most) for eighths in (9, 12)} | {most}
-        return (shape, *(replace(shape, rows=rows) for rows in sorted(more) if rows > shape.rows))
+        """A shape, and at most three for batches that do not fit it: they project all, or have more rows too; in the
+        largest every example could have a row of its own."""
+        most, whole = self._round(self.batch_size), replace(shape, kept=0)
+        eighths = (9,) if shape.kept else (9, 12)
+        more = {min(self._round(-(-shape.rows * n // 8)), most) for n in eighths} | {most}
+        more = (replace(whole, rows=rows) for rows in sorted(more) if rows > shape.rows)
+        return (shape, *((whole,) if shape.kept else ()), *more)
 
     @staticmethod
-    def _fit(shapes: tuple[Shape, ...], rows: int) -> Shape:
-        return next(shape for shape in shapes if shape.rows >= rows)
+    def _fit(shapes: tuple[Shape, ...], rows: int, matched: int = 0) -> Shape:
+        return next(shape for shape in shapes if shape.rows >= rows and shape.projected >= matched)
+
+    def _fit_batch(self, chosen: np.ndarray, rows: list[list[int]]) -> Shape:
+        return self._fit(self._shapes, len(rows), int(self._matched[chosen].sum()))
 
     def _choose(self, max_length: int) -> Shape:
         """The shape that costs least over the first steps, among row lengths from the longest example to max_length."""
@@ -241,23 +274,30 @@ class Batches:
         total = np.array([side.sum() for side in (self._student.lengths, self._teacher.lengths, self._matched)])
         least = [side.max() for side in (self._student.lengths, self._teacher.lengths, self._matched)]
         limit = max(self._bucket(int(max(least[:2]))), max_length)
+        matched = [int(self._matched[self.chosen(step)].sum()) for step in range(4 * _PREVIEW)]
+        kept = -(-int(np.mean(matched) + 3 * np.std(matched)) // 16) * 16  # enough for nearly all
         length, best = self._bucket(int(least[0])), None
         while True:
             # Rows are filled alike when their capacities stand in proportion to the tokens; slack packs better.
-            t_teacher = max(self._bucket(int(least[1])), self._bucket(round(total[1] / total[0] * length)))
-            if best is not None and max(length, t_teacher) > limit:
-                return best[1]
+            shares = [total[1] / total[0] * length * slack for slack in (15 / 16, 1.0)]
+            teacher = sorted({self._bucket(max(int(least[1]), round(share))) for share in shares})
             wanted = [round(total[2] / total[0] * length * slack) for slack in (1.0, 1.1, 1.25)]
-            for k in sorted({self._bucket(max(int(least[2]), k)) for k in wanted}):
-                rows = sorted(len(self._pack(batch, Shape(1, length, t_teacher, k))) for batch in batches)
-                for usual in sorted(set(rows[len(rows) // 2 :])):
-                    shapes = self._with_overflow(Shape(self._round(usual), length, t_teacher, k))
-                    used = [self._fit(shapes, n) for n in rows]
+            each = sorted({self._bucket(max(int(least[2]), k)) for k in wanted})
+            if best is not None and max(length, teacher[-1]) > limit:
+                return best[1]
+            for t, k in product(teacher, each):
+                rows = [len(self._pack(batch, Shape(1, length, t, k))) for batch in batches]
+                for usual in sorted(set(sorted(rows)[len(rows) // 2 :])):
+                    shape = Shape(self._round(usual), length, t, k)
+                    if self._multiple == 1 and kept < shape.projected:
+                        shape = replace(shape, kept=kept)
+                    shapes = self._with_overflow(shape)
+                    used = [self._fit(shapes, n, m) for n, m in zip(rows, matched, strict=False)]
                     # Every further shape is compiled once more; it must save 3 %.
                     cost = sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
                     if best is None or cost < best[0]:
                         best = cost, shapes[0]
-            if rows[-1] <= self._multiple:
+            if max(rows) <= self._multiple:
                 return best[1]
             length = self._bucket(length * 17 // 16 + 1)
 
@@ -282,7 +322,7 @@ class Batches:
 
     def _assemble(self, chosen: np.ndarray) -> Batch:
         rows = self._pack(chosen, self._shapes[0])
-        shape = self._fit(self._shapes, len(rows))
+        shape = self._fit_batch(chosen, rows)
         student = empty_view(shape.rows, shape.student, shape.matched)
         teacher = empty_view(shape.rows, shape.teacher, shape.matched)
         targets = np.zeros((shape.rows, shape.matched), np.int32)
@@ -301,7 +341,7 @@ class Batches:
                 s = _place(student, self._student, i, b, s, segment)
                 t = _place(teacher, self._teacher, i, b, t, segment)
                 k = out.stop
-        return Batch(student, teacher, targets, weights, source)
+        return Batch(student, teacher, targets, weights, source, _places(source, shape.kept) if shape.kept else None)
 
 
 def alike(group: Sequence[Batches]) -> list[Batches]:
@@ -330,7 +370,13 @@ def _cost(shape: Shape) -> float:
     """Relative cost of a shape: row tokens, the student's thrice (forward, backward); the vocabulary projection of the
     matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
     tokens = 3 * shape.student * (1 + shape.student / 4096) + shape.teacher * (1 + shape.teacher / 4096)
-    return shape.rows * (tokens + shape.matched / 2)
+    return shape.rows * tokens + shape.projected / 2
+
+
+def _places(source_BK: np.ndarray, count: int) -> np.ndarray:
+    """So many places, int32: those of matched tokens, and then, as often as it takes, one of padding."""
+    matched, padding = np.flatnonzero(source_BK >= 0), np.flatnonzero(source_BK < 0)
+    return np.append(matched, np.repeat(padding[:1], count - matched.size)).astype(np.int32)
 
 
 def _systematic(random: np.random.Generator, items: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
