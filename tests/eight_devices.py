@@ -18,7 +18,8 @@ from jaxbake import mesh as meshes
 from jaxbake.bake.abstract import params_inputs, put_batch, state_inputs, step_inputs
 from jaxbake.bake.step import init_state, make_bake_step
 from jaxbake.config import BakeConfig, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
-from jaxbake.data.batches import Batch, Shape, View
+from jaxbake.data.batches import Batch, View
+from jaxbake.data.shapes import Shape
 from jaxbake.models.base import on_mesh, put_params
 from jaxbake.models.decoder import prefix_from
 from jaxbake.models.spec import ModelConfig, init_params

@@ -21,7 +21,7 @@ from jaxbake import mesh as meshes
 from jaxbake.bake.abstract import step_inputs
 from jaxbake.bake.step import make_bake_step
 from jaxbake.config import BakeConfig, LoraConfig
-from jaxbake.data.batches import Shape
+from jaxbake.data.shapes import Shape
 from jaxbake.errors import JaxbakeError
 from jaxbake.models import families
 from jaxbake.models.spec import ModelConfig, num_params

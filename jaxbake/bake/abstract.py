@@ -12,7 +12,8 @@ import numpy as np
 from jaxbake.bake.step import BakeState, init_state, state_axes
 from jaxbake.bake.targets import columns, kept_form
 from jaxbake.config import BakeConfig
-from jaxbake.data.batches import Batch, Shape, View
+from jaxbake.data.batches import Batch, View
+from jaxbake.data.shapes import Shape
 from jaxbake.mesh import AnyMesh, check, put, sharding
 from jaxbake.models.cache import PREFIX_AXES, Prefix
 from jaxbake.models.spec import ModelConfig, is_param, param_specs

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxbake.data.chat import Example
+from jaxbake.data.shapes import Shape, bucket, cost, fit, round_up, with_overflow
 from jaxbake.errors import JaxbakeError
 
 _PREVIEW = 24  # batches looked at to choose the shapes
@@ -59,22 +60,6 @@ class Batch:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[self.kept], tree)
 
 
-@dataclass(frozen=True, order=True)
-class Shape:
-    """Shape of a batch: rows B, row lengths T of student and teacher, matched tokens a row K, and how many of all of
-    them are projected to the vocabulary, N (0: all, as on several devices, each of which projects its own rows')."""
-
-    rows: int
-    student: int
-    teacher: int
-    matched: int
-    kept: int = 0
-
-    @property
-    def projected(self) -> int:
-        return self.kept or self.rows * self.matched
-
-
 def _match(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two sequences begin with in common."""
     n = min(a.size, b.size)
@@ -96,12 +81,6 @@ def left_out(example: Example, shared: np.ndarray) -> int:
     """How many tokens of a shared prefix an example's teacher row does without: it begins with them, and a token that
     predicts the first one of the tail stays."""
     return min(_match(example.teacher_prefix, shared), max(example.teacher_prefix.size - 1, 0))
-
-
-def _bucket(length: int) -> int:
-    """The next row length: a multiple of 8, from 128 on with eight steps an octave, from 1024 on a multiple of 128."""
-    step = min(max(8, (1 << max(length - 1, 1).bit_length()) >> 4), 128)
-    return -(-length // step) * step
 
 
 @dataclass(frozen=True)
@@ -173,7 +152,7 @@ class Batches:
         self._epochs: dict[int, np.ndarray] = {}
         kinds = sorted({e.kind for e in examples})
         self._kind = np.array([kinds.index(e.kind) for e in examples])
-        self._shapes = self._with_overflow(self._choose(max_length))
+        self._shapes = with_overflow(self._choose(max_length), self.batch_size, self._multiple)
 
     def _check(self, max_length: int) -> None:
         for i, example in enumerate(self.examples):
@@ -185,7 +164,7 @@ class Batches:
             if longest > max_length:
                 raise JaxbakeError(
                     f"example {i} ({example.kind}) is {longest} tokens long, more than train.max_length: {max_length}; "
-                    f"raise it to {_bucket(longest)}, or lower sampling.max_tokens"
+                    f"raise it to {bucket(longest)}, or lower sampling.max_tokens"
                 )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -229,44 +208,26 @@ class Batches:
 
     def useful_fraction(self, steps: int = _PREVIEW) -> float:
         """Share of the computed row tokens, of student and teacher together, that are not padding, over some steps."""
-        useful = computed = 0
-        for step in range(steps):
-            chosen = self.chosen(step)
-            shape = self._fit_batch(chosen, self._pack(chosen, self._shapes[0]))
-            useful += int(self._student.lengths[chosen].sum() + self._teacher.lengths[chosen].sum())
-            computed += shape.rows * (shape.student + shape.teacher)
-        return useful / computed
+        fitted = list(self._fitted(steps))
+        useful = sum(int(self._student.lengths[i].sum() + self._teacher.lengths[i].sum()) for i, _ in fitted)
+        return useful / sum(shape.rows * (shape.student + shape.teacher) for _, shape in fitted)
 
     def projected_fraction(self, steps: int = _PREVIEW) -> float:
         """Share of the tokens projected to the vocabulary that are matched ones, over some steps."""
-        matched = projected = 0
+        fitted = list(self._fitted(steps))
+        return sum(int(self._matched[i].sum()) for i, _ in fitted) / sum(shape.projected for _, shape in fitted)
+
+    def _fitted(self, steps: int) -> Iterator[tuple[np.ndarray, Shape]]:
+        """What each of the first steps holds, and its shape."""
         for step in range(steps):
             chosen = self.chosen(step)
-            matched += int(self._matched[chosen].sum())
-            projected += self._fit_batch(chosen, self._pack(chosen, self._shapes[0])).projected
-        return matched / projected
+            yield chosen, self._fit_batch(chosen, self._pack(chosen, self._shapes[0]))
 
     def _bucket(self, length: int) -> int:
-        return -(-_bucket(length) // self._tokens_multiple) * self._tokens_multiple
-
-    def _round(self, rows: int) -> int:
-        return -(-rows // self._multiple) * self._multiple
-
-    def _with_overflow(self, shape: Shape) -> tuple[Shape, ...]:
-        """A shape, and at most three for batches that do not fit it: they project all, or have more rows too; in the
-        largest every example could have a row of its own."""
-        most, whole = self._round(self.batch_size), replace(shape, kept=0)
-        eighths = (9,) if shape.kept else (9, 12)
-        more = {min(self._round(-(-shape.rows * n // 8)), most) for n in eighths} | {most}
-        more = (replace(whole, rows=rows) for rows in sorted(more) if rows > shape.rows)
-        return (shape, *((whole,) if shape.kept else ()), *more)
-
-    @staticmethod
-    def _fit(shapes: tuple[Shape, ...], rows: int, matched: int = 0) -> Shape:
-        return next(shape for shape in shapes if shape.rows >= rows and shape.projected >= matched)
+        return round_up(bucket(length), self._tokens_multiple)
 
     def _fit_batch(self, chosen: np.ndarray, rows: list[list[int]]) -> Shape:
-        return self._fit(self._shapes, len(rows), int(self._matched[chosen].sum()))
+        return fit(self._shapes, len(rows), int(self._matched[chosen].sum()))
 
     def _choose(self, max_length: int) -> Shape:
         """The shape that costs least over the first steps, among row lengths from the longest example to max_length."""
@@ -288,15 +249,13 @@ class Batches:
             for t, k in product(teacher, each):
                 rows = [len(self._pack(batch, Shape(1, length, t, k))) for batch in batches]
                 for usual in sorted(set(sorted(rows)[len(rows) // 2 :])):
-                    shape = Shape(self._round(usual), length, t, k)
+                    shape = Shape(round_up(usual, self._multiple), length, t, k)
                     if self._multiple == 1 and kept < shape.projected:
                         shape = replace(shape, kept=kept)
-                    shapes = self._with_overflow(shape)
-                    used = [self._fit(shapes, n, m) for n, m in zip(rows, matched, strict=False)]
-                    # Every further shape is compiled once more; it must save 3 %.
-                    cost = sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
-                    if best is None or cost < best[0]:
-                        best = cost, shapes[0]
+                    shapes = with_overflow(shape, self.batch_size, self._multiple)
+                    used = [fit(shapes, n, m) for n, m in zip(rows, matched[:_PREVIEW], strict=True)]
+                    if best is None or cost(used) < best[0]:
+                        best = cost(used), shape
             if max(rows) <= self._multiple:
                 return best[1]
             length = self._bucket(length * 17 // 16 + 1)
@@ -349,28 +308,17 @@ def alike(group: Sequence[Batches]) -> list[Batches]:
 
     All share one choice of `shapes`, made for the member that needs most rows at a step.
     """
-    usual = [batches.shapes[0] for batches in group]
-    lengths = Shape(0, *(max(getattr(s, side) for s in usual) for side in ("student", "teacher", "matched")))
+    own = [batches.shapes[0] for batches in group]
+    lengths = Shape(0, *(max(getattr(s, side) for s in own) for side in ("student", "teacher", "matched")))
     rows = sorted(max(len(b._pack(b.chosen(step), lengths)) for b in group) for step in range(_PREVIEW))
     largest = max(group, key=lambda batches: batches.batch_size)
-
-    def cost(shapes: tuple[Shape, ...]) -> float:
-        used = [Batches._fit(shapes, n) for n in rows]
-        return sum(map(_cost, used)) * (1 + 0.03 * len(set(used)))
-
-    tried = [replace(lengths, rows=largest._round(n)) for n in sorted(set(rows[len(rows) // 2 :]))]
-    shapes = min(map(largest._with_overflow, tried), key=cost)
+    usual = sorted({round_up(n, largest._multiple) for n in rows[len(rows) // 2 :]})
+    tried = [with_overflow(replace(lengths, rows=n), largest.batch_size, largest._multiple) for n in usual]
+    shapes = min(tried, key=lambda shapes: cost([fit(shapes, n) for n in rows]))
     packed = [copy(batches) for batches in group]
     for batches in packed:
         batches._shapes = shapes
     return packed
-
-
-def _cost(shape: Shape) -> float:
-    """Relative cost of a shape: row tokens, the student's thrice (forward, backward); the vocabulary projection of the
-    matched ones; and attention, which grows with the row's length and keeps rows short where that costs nothing."""
-    tokens = 3 * shape.student * (1 + shape.student / 4096) + shape.teacher * (1 + shape.teacher / 4096)
-    return shape.rows * tokens + shape.projected / 2
 
 
 def _places(source_BK: np.ndarray, count: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxbake.bake.abstract import StepInputs, step_inputs
 from jaxbake.bake.step import make_bake_step
-from jaxbake.data.batches import Shape
+from jaxbake.data.shapes import Shape
 from jaxbake.errors import JaxbakeError
 from jaxbake.mesh import describe, parts, sharding
 from jaxbake.mesh import mesh as resolve
